@@ -211,7 +211,8 @@ def override(config: Any, key: str, text: str, *, _prefix: str = "") -> Any:
     if rest:
         if not dataclasses.is_dataclass(value):
             raise ConfigError(f"--config.{where} is a value and has no key {rest!r}")
-        return dataclasses.replace(config, **{name: override(value, rest, text, _prefix=where + ".")})
+        value = override(value, rest, text, _prefix=where + ".")
+        return dataclasses.replace(config, **{name: value})
     hint = typing.get_type_hints(type(config))[name]
     return dataclasses.replace(config, **{name: _parse(text, hint, where)})
 
