@@ -1,0 +1,171 @@
+"""The layers that the families share.
+
+Letters of every einsum and shape comment in this folder:
+
+    B  batch                N  query heads            D  model (hidden) width
+    T  query length         K  key/value heads        F  MLP width
+    S  key/value length     G  query heads a KV head  V  vocabulary
+    L  layers               H  head width             C  q, k, v of a fused projection
+
+Parameters are float32 and cast to the activations' dtype where they are used. Every parameter
+names its logical axes (``sharding.RULES``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from llmzoo_jax.config import RopeConfig
+from llmzoo_jax.models.attention import KVCache
+from llmzoo_jax.sharding import constrain
+
+
+class Proj(nnx.Module):
+    """``einsum(equation, x, w) + b``; ``w`` is normal(0, std), ``b`` zero."""
+
+    def __init__(
+        self,
+        equation: str,
+        *,
+        shape: Sequence[int],
+        axes: Sequence[str],
+        bias: bool,
+        std: float,
+        rngs: nnx.Rngs,
+    ):
+        self.equation = equation
+        self.w = nnx.Param(std * jax.random.normal(rngs.params(), shape), axes=tuple(axes))
+        if not bias:
+            self.b = None
+        else:
+            letters = equation.split(",")[1]
+            weight, out = letters.split("->")
+            kept = [weight.index(letter) for letter in out if letter in weight]
+            self.b = nnx.Param(
+                jnp.zeros([shape[i] for i in kept]), axes=tuple(axes[i] for i in kept)
+            )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = jnp.einsum(self.equation, x, self.w[...].astype(x.dtype))
+        return y if self.b is None else y + self.b[...].astype(x.dtype)
+
+
+class Embedding(nnx.Module):
+    """A table ``[V, D]``: looked up on the way in, multiplied with on the way out."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, *, std: float, rngs: nnx.Rngs):
+        shape = (vocab_size, hidden_size)
+        self.w = nnx.Param(std * jax.random.normal(rngs.params(), shape), axes=("vocab", "embed"))
+
+    def __call__(self, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        return self.w[...].astype(dtype)[tokens]  # [B,T,D]
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """``[..., D] -> float32 [..., V]``; products in the dtype of ``x``, sums in float32."""
+        w = self.w[...].astype(x.dtype)
+        return jnp.einsum("...D,VD->...V", x, w, preferred_element_type=jnp.float32)
+
+
+class LayerNorm(nnx.Module):
+    """Mean and variance in float32, as ``torch.nn.LayerNorm``."""
+
+    def __init__(self, size: int, *, eps: float):
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones(size), axes=("embed",))
+        self.bias = nnx.Param(jnp.zeros(size), axes=("embed",))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32)
+        y = y - y.mean(-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
+        return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Root mean square norm (Zhang and Sennrich, 2019); squares in float32, as HF's LLaMA."""
+
+    def __init__(self, size: int, *, eps: float):
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones(size), axes=("embed",))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
+        return y.astype(x.dtype) * self.scale[...].astype(x.dtype)
+
+
+def rope_frequencies(config: RopeConfig, head_dim: int) -> jax.Array:
+    """Angular speeds, float32 ``[H/2]``. ``llama3`` as in HF's ``modeling_rope_utils.py``:
+    long waves are slowed down by ``factor``, short ones kept, those between interpolated."""
+    speed = config.theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    if config.scaling == "default":
+        return speed
+    if config.scaling == "linear":
+        return speed / config.factor
+    wavelength = 2 * jnp.pi / speed
+    low, high = config.low_freq_factor, config.high_freq_factor
+    smooth = (config.original_max_positions / wavelength - low) / (high - low)
+    smooth = jnp.clip(smooth, 0.0, 1.0)
+    return (1 - smooth) * speed / config.factor + smooth * speed
+
+
+def apply_rope(x: jax.Array, positions: jax.Array, speed: jax.Array) -> jax.Array:
+    """Rotates pairs ``(i, i + H/2)`` of ``x[B,T,N,H]`` by ``positions[B,T] * speed[H/2]``."""
+    angle = positions[:, :, None, None].astype(jnp.float32) * speed  # [B,T,1,H/2]
+    cos, sin = jnp.cos(angle).astype(x.dtype), jnp.sin(angle).astype(x.dtype)
+    a, b = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+# --- the stack of layers ------------------------------------------------------------------------
+
+
+def stack(make_block: Callable[[nnx.Rngs], nnx.Module], num_layers: int, rngs: nnx.Rngs):
+    """``num_layers`` blocks as one, each parameter with an axis L in front."""
+    keys = jax.random.split(rngs.params(), num_layers)
+    return jax.vmap(lambda key: make_block(nnx.Rngs(params=key)))(keys)
+
+
+def unstack(blocks: nnx.Module) -> tuple[nnx.Module, ...]:
+    """Stacked blocks -> one block a layer. Decoding on a CPU is faster so: a scan copies each
+    layer's weights out of the stack at every step."""
+    num_layers = jax.tree.leaves(blocks)[0].shape[0]
+    return tuple(jax.tree.map(lambda x, i=i: x[i], blocks) for i in range(num_layers))
+
+
+def run_blocks(
+    blocks: Any,
+    x: jax.Array,
+    block_inputs: tuple[Any, ...],
+    *,
+    kv_cache: KVCache | None,
+    remat: str,
+) -> tuple[jax.Array, KVCache | None]:
+    """Applies the blocks to ``x[B,T,D]``; ``block(x, kv_of_layer, *block_inputs)`` gives
+    ``(x, kv_of_layer)``. ``blocks`` is stacked (one ``lax.scan``) or a tuple (unrolled)."""
+
+    def body(x, block_and_kv):
+        block, kv = block_and_kv
+        x, kv = block(x, kv, *block_inputs)
+        return constrain(x, ("batch", "length", "act_embed")), kv
+
+    if remat == "full":
+        body = jax.checkpoint(body)
+    elif remat == "dots":
+        body = jax.checkpoint(body, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+    if not isinstance(blocks, tuple):
+        return jax.lax.scan(body, x, (blocks, kv_cache))
+    layers = []
+    for i, block in enumerate(blocks):
+        x, kv = body(
+            x, (block, None if kv_cache is None else KVCache(kv_cache.k[i], kv_cache.v[i]))
+        )
+        layers.append(kv)
+    if kv_cache is None:
+        return x, None
+    return x, KVCache(tuple(kv.k for kv in layers), tuple(kv.v for kv in layers))

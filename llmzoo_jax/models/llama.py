@@ -1,0 +1,85 @@
+"""LLaMA 1, 2 and 3, the base of Chimera (port of HF's ``modeling_llama.py``; Touvron et al., 2023).
+
+Rotary positions, RMSNorm, SwiGLU, grouped-query attention.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from llmzoo_jax.config import LlamaConfig
+from llmzoo_jax.models import attention, layers
+from llmzoo_jax.models.attention import KVCache, Mask
+from llmzoo_jax.models.layers import Embedding, Proj, RMSNorm
+from llmzoo_jax.sharding import constrain
+
+
+class Attention(nnx.Module):
+    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
+        D, N, K, H = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
+        init = {"bias": config.attention_bias, "std": config.init_std, "rngs": rngs}
+        self.q = Proj("BTD,DNH->BTNH", shape=(D, N, H), axes=("embed", "heads", "head"), **init)
+        self.k = Proj("BTD,DKH->BTKH", shape=(D, K, H), axes=("embed", "kv_heads", "head"), **init)
+        self.v = Proj("BTD,DKH->BTKH", shape=(D, K, H), axes=("embed", "kv_heads", "head"), **init)
+        self.out = Proj("BTNH,NHD->BTD", shape=(N, H, D), axes=("heads", "head", "embed"), **init)
+
+    def __call__(self, x, kv, mask, positions, speed):
+        q = layers.apply_rope(self.q(x), positions, speed)  # [B,T,N,H]
+        k = layers.apply_rope(self.k(x), positions, speed)  # [B,T,K,H]
+        v = self.v(x)
+        if kv is not None:
+            kv = attention.write_cache(kv, k, v, positions)
+            k, v = kv
+        return self.out(attention.attend(q, k, v, mask)), kv
+
+
+class Block(nnx.Module):
+    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
+        D, F = config.hidden_size, config.intermediate_size
+        init = {"bias": config.mlp_bias, "std": config.init_std, "rngs": rngs}
+        self.norm1 = RMSNorm(D, eps=config.rms_norm_eps)
+        self.attention = Attention(config, rngs)
+        self.norm2 = RMSNorm(D, eps=config.rms_norm_eps)
+        self.gate = Proj("BTD,DF->BTF", shape=(D, F), axes=("embed", "mlp"), **init)
+        self.up = Proj("BTD,DF->BTF", shape=(D, F), axes=("embed", "mlp"), **init)
+        self.down = Proj("BTF,FD->BTD", shape=(F, D), axes=("mlp", "embed"), **init)
+
+    def __call__(self, x, kv, mask, positions, speed):
+        y, kv = self.attention(self.norm1(x), kv, mask, positions, speed)
+        x = x + y
+        y = self.norm2(x)
+        return x + self.down(jax.nn.silu(self.gate(y)) * self.up(y)), kv
+
+
+class Llama(nnx.Module):
+    """``hidden`` and ``logits`` are the whole interface; ``models/__init__.py`` documents it."""
+
+    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
+        V, D, std = config.vocab_size, config.hidden_size, config.init_std
+        self.config = config
+        self.embed = Embedding(V, D, std=std, rngs=rngs)
+        self.blocks = layers.stack(lambda r: Block(config, r), config.num_layers, rngs)
+        self.norm = RMSNorm(D, eps=config.rms_norm_eps)
+        self.head = None if config.tie_embeddings else Embedding(V, D, std=std, rngs=rngs)
+
+    def hidden(
+        self,
+        tokens: jax.Array,
+        mask: Mask,
+        positions: jax.Array,
+        *,
+        kv_cache: KVCache | None = None,
+        dtype: jnp.dtype = jnp.float32,
+        remat: str = "none",
+    ) -> tuple[jax.Array, KVCache | None]:
+        speed = layers.rope_frequencies(self.config.rope, self.config.head_dim)
+        x = constrain(self.embed(tokens, dtype), ("batch", "length", "act_embed"))
+        x, kv_cache = layers.run_blocks(
+            self.blocks, x, (mask, positions, speed), kv_cache=kv_cache, remat=remat
+        )
+        return self.norm(x), kv_cache
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        return (self.embed if self.head is None else self.head).logits(x)

@@ -1,0 +1,142 @@
+"""Which mesh axis holds which axis of a parameter or an activation: one table, one rule.
+
+A parameter names its logical axes where it is made (``nnx.Param(..., axes=("embed", "mlp"))``);
+``RULES`` maps them to mesh axes. Stacked layers have one axis more in front, ``layers``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from llmzoo_jax.config import MeshConfig
+
+AXES = ("replica", "fsdp", "tensor", "sequence")
+
+# logical axis -> mesh axes. ``replica`` and ``fsdp`` both split the batch; ``fsdp`` splits the
+# parameters and optimiser state as well.
+RULES: dict[str, tuple[str, ...]] = {
+    "layers": (),
+    "vocab": ("tensor",),
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "head": (),
+    "qkv": (),
+    "mlp": ("tensor",),
+    "batch": ("replica", "fsdp"),
+    "length": ("sequence",),
+    "act_embed": (),
+}
+
+
+class ShardingError(ValueError):
+    """A mesh or a parameter can't be laid out as asked; the message names the axis."""
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh over all devices; an axis of -1 takes those that the others leave."""
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = [getattr(config, axis) for axis in AXES]
+    asked = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+        raise ShardingError(f"mesh ({asked}): sizes are >= 1, and -1 may stand at one axis only")
+    fixed = math.prod(size for size in sizes if size != -1)
+    if -1 in sizes and len(devices) % fixed == 0:
+        sizes[sizes.index(-1)] = len(devices) // fixed
+    if math.prod(sizes) != len(devices):
+        raise ShardingError(f"mesh ({asked}) does not fit {len(devices)} devices; set mesh.*")
+    return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def spec(axes: Sequence[str | None], *, name: str = "array") -> PartitionSpec:
+    """Logical axes -> PartitionSpec. A missing rule or two uses of a mesh axis is an error."""
+    used: dict[str, str] = {}
+    parts: list[Any] = []
+    for axis in axes:
+        if axis is not None and axis not in RULES:
+            raise ShardingError(f"{name}: no rule for logical axis {axis!r}; add it to RULES")
+        mesh_axes = () if axis is None else RULES[axis]
+        for mesh_axis in mesh_axes:
+            if mesh_axis in used:
+                raise ShardingError(
+                    f"{name}: logical axes {used[mesh_axis]!r} and {axis!r} both map to mesh axis "
+                    f"{mesh_axis!r}"
+                )
+            used[mesh_axis] = axis
+        parts.append(mesh_axes if len(mesh_axes) > 1 else (mesh_axes[0] if mesh_axes else None))
+    return PartitionSpec(*parts)
+
+
+def sharding_of(
+    shape: Sequence[int], axes: Sequence[str | None], mesh: Mesh, *, name: str
+) -> NamedSharding:
+    """The sharding of one array; raises where a mesh axis does not divide its dimension."""
+    if len(shape) == len(axes) + 1:
+        axes = ("layers", *axes)
+    if len(shape) != len(axes):
+        raise ShardingError(f"{name}: shape {tuple(shape)} does not match its axes {tuple(axes)}")
+    partition = spec(axes, name=name)
+    for size, axis, part in zip(shape, axes, partition, strict=True):
+        mesh_axes = part if isinstance(part, tuple) else (part,) if part else ()
+        ways = math.prod(mesh.shape[a] for a in mesh_axes)
+        if size % ways:
+            raise ShardingError(
+                f"{name}: axis {axis!r} of size {size} is not divisible by {ways}, the mesh axis "
+                f"{'*'.join(mesh_axes)}; choose another mesh.{mesh_axes[-1]}"
+            )
+    return NamedSharding(mesh, partition)
+
+
+def tree_shardings(tree: Any, mesh: Mesh) -> Any:
+    """Shardings for any pytree of (abstract) arrays: by logical axes for ``nnx.Param`` nodes,
+    replicated for everything else. A prefix tree, as ``jax.jit`` takes it."""
+
+    def one(path, node):
+        if not isinstance(node, nnx.Variable):
+            return NamedSharding(mesh, PartitionSpec())
+        name = path_name(path)
+        value = jax.tree.leaves(node)[0]
+        return sharding_of(value.shape, node.get_metadata()["axes"], mesh, name=name)
+
+    return jax.tree_util.tree_map_with_path(
+        one, tree, is_leaf=lambda node: isinstance(node, nnx.Variable)
+    )
+
+
+def path_name(path: Sequence[Any]) -> str:
+    """``blocks.attention.q.w``: the dotted name of a leaf, without NNX's own ``value``."""
+    names = [str(getattr(k, "name", getattr(k, "key", getattr(k, "idx", k)))) for k in path]
+    return ".".join(names[:-1] if names and names[-1] == "value" else names)
+
+
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """``{"blocks.attention.q.w": array}`` for the leaves of any pytree, in tree order."""
+    return {path_name(path): x for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
+    """Pins an activation to its layout in the mesh that ``jax.set_mesh`` has set, if any."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(axes, name="activation"))
+
+
+def batch_sharding(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
+    """The sharding of a batch ``[B, T]``; errors name ``data.batch_size``, ``sequence_length``."""
+    for size, key, axes in (
+        (shape[0], "data.batch_size", RULES["batch"]),
+        (shape[1], "data.sequence_length", RULES["length"]),
+    ):
+        ways = math.prod(mesh.shape[a] for a in axes)
+        if size % ways:
+            raise ShardingError(
+                f"{key} {size} is not divisible by {ways}, the mesh axes {'*'.join(axes)}"
+            )
+    return NamedSharding(mesh, spec(("batch", "length")))
