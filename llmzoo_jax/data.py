@@ -7,7 +7,6 @@ row comes when by the seed, so the state of the whole pipeline is one integer: t
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import os
 import shutil
@@ -21,8 +20,8 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from tqdm import tqdm
 
-from llmzoo_jax import conversation as conversations
 from llmzoo_jax.config import DataConfig, Source
+from llmzoo_jax.conversation import Conversation, read_jsonl
 from llmzoo_jax.packing import Batch, PackingError, Plan, empty_rows, fill_rows, plan
 from llmzoo_jax.tokenizer import encode, fingerprint
 
@@ -74,8 +73,8 @@ def tokenise(
     tokenizer, the chat format and the languages; later calls only load it. ``languages`` keeps
     conversations in these (BCP-47; "zh" takes "zh-Hant" too), and the others are counted.
 
-    Raises ConversationError with file and line where a conversation is malformed, DataError where
-    the file is missing or holds no conversation.
+    Raises ConversationError with file and line where a conversation is malformed or there is none,
+    DataError where the file is missing.
     """
     if not os.path.isfile(path):
         raise DataError(f"no data file {path!r}")
@@ -110,22 +109,17 @@ def _tokenise_into(folder: str, path: str, tokenizer, chat_format, languages) ->
     left_out: Counter[str] = Counter()
     writer = ArrayRecordWriter(os.path.join(folder, "records.array_record"), "group_size:1")
     try:
-        for line, item in enumerate(_progress(path), 1):
+        for line, item in _numbered(path):
             if languages and not _matches(item.lang, languages):
                 left_out[item.lang] += 1
                 continue
             where = f"{path}:{line}"
-            tokens, loss_mask = dataclasses.astuple(
-                encode(item, tokenizer=tokenizer, chat_format=chat_format, where=where)
-            )
-            if len(tokens) < 2:
-                raise DataError(f"{where}: {len(tokens)} tokens, and it takes 2 to make a pair")
-            writer.write(_to_bytes(tokens, loss_mask))
-            columns.append((len(tokens), int(loss_mask[1:].sum()), item.lang, line))
+            example = encode(item, tokenizer=tokenizer, chat_format=chat_format, where=where)
+            writer.write(_to_bytes(example.tokens, example.loss_mask))
+            loss_tokens = int(example.loss_mask[1:].sum())  # the first token is no target
+            columns.append((len(example.tokens), loss_tokens, item.lang, line))
     finally:
         writer.close()
-    if not columns and not left_out:
-        raise DataError(f"{path}: no conversations in it")
     lengths, loss_tokens, lang, lines = zip(*columns, strict=True) if columns else ((),) * 4
     names = sorted(set(lang))
     np.savez(
@@ -140,13 +134,14 @@ def _tokenise_into(folder: str, path: str, tokenizer, chat_format, languages) ->
     )
 
 
-def _progress(path: str) -> Iterator[conversations.Conversation]:
-    return tqdm(
-        conversations.read_jsonl(path),
-        desc=f"tokenising {os.path.basename(path)}",
-        unit=" conversations",
-        delay=2,
-    )
+def _numbered(path: str) -> Iterator[tuple[int, Conversation]]:
+    """(line, conversation), with a progress bar where it takes long."""
+    with open(path, encoding="utf-8-sig", newline="\n") as file:
+        lines = (number for number, line in enumerate(file, 1) if line.strip())
+        title = f"tokenising {os.path.basename(path)}"
+        bar = tqdm(read_jsonl(path), desc=title, unit=" conversations", delay=2)
+        for item in bar:
+            yield next(lines), item
 
 
 def _matches(lang: str, languages: Sequence[str]) -> bool:
@@ -195,7 +190,7 @@ class Part:
 
 
 def _pack(sources: Sequence[Source], data: DataConfig, tokenizer, chat_format) -> list[Part]:
-    """Sources without a conversation in ``data.languages`` are left out; all of them is an error."""
+    """Packs each source; those without a conversation in ``data.languages`` are left out."""
     parts = []
     left_out: Counter[str] = Counter()
     for source in sources:

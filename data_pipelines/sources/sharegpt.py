@@ -1,7 +1,8 @@
 """ShareGPT and FastChat: ``{"conversations": [{"from": "human" | "gpt", "value": ...}, ...]}``.
 
 Glaive's tool calls too: ``function_call`` is the assistant's, ``observation`` the tool's answer,
-and ``tools``, the JSON list of what can be called, becomes the system message.
+and ``tools``, the JSON list of what can be called, becomes the system message. Of a record with
+``chosen`` and ``rejected`` answers, the chosen one is the last turn.
 """
 
 from __future__ import annotations
@@ -33,7 +34,10 @@ def conversations(
 
 
 def to_messages(record: dict[str, Any]) -> list[Message]:
-    messages = [to_message(turn) for turn in list_of(record, "conversations")]
+    turns = list_of(record, "conversations")
+    if "chosen" in record:
+        turns = [*turns, record["chosen"]]
+    messages = [to_message(turn) for turn in turns]
     if record.get("tools", "[]").strip() not in ("", "[]"):
         messages.insert(0, Message("system", f"You can call these tools: {record['tools']}"))
     return messages
