@@ -1,14 +1,20 @@
-"""Conversations as tokens: load a tokenizer, resolve a chat format on it, encode, show."""
+"""Conversations as tokens: load a tokenizer, resolve a chat format on it, encode, show.
+
+The rendered text of a conversation is tokenised once, with ``add_special_tokens=False``: what a
+tokenizer would add (LLaMA's BOS) is in the text of the resolved format. The loss mask comes from
+the character spans of the tokens, never from their ids.
+"""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import functools
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +28,7 @@ from llmzoo_jax.conversation import (
     ConversationError,
     Message,
     Segment,
+    chat_template,
     check_messages,
     render,
 )
@@ -32,133 +39,147 @@ class Example:
     """A conversation as tokens."""
 
     tokens: np.ndarray  # int32[n]
-    loss_mask: np.ndarray  # bool[n]: token i is a target of the loss (the shift is in packing)
+    loss_mask: np.ndarray  # bool[n]: token i is a target of the loss (packing does the shift)
 
 
-# --- loading ------------------------------------------------------------------------------------
+# --- loading and saving -------------------------------------------------------------------------
 
 
 def load_tokenizer(path: str | Path) -> Any:
     """A transformers fast tokenizer from a folder, or from a SentencePiece ``tokenizer.model``.
 
-    ``tokenizer.json`` is taken as it is, whatever class ``tokenizer_config.json`` names: in
-    transformers 5 some of those classes rebuild the tokenizer by rules of their own.
+    ``tokenizer.json`` is taken as it is, whatever class ``tokenizer_config.json`` names: some of
+    the classes of transformers 5 rebuild the tokenizer by rules of their own (LlamaTokenizer drops
+    the normalizer, so that the first word after a special token gets other ids). Nothing is
+    downloaded. Raises ValueError that says what was looked for.
     """
     from transformers import PreTrainedTokenizerFast
 
     path = Path(path)
+    if path.is_file() and path.suffix == ".json":
+        path = path.parent
     if path.is_file():
         return _from_sentencepiece(path)
     if not path.is_dir():
         raise ValueError(
-            f"tokenizer: no folder or file {str(path)!r}; give a folder with tokenizer.json (or a"
-            " SentencePiece tokenizer.model), or the path of a tokenizer.model"
+            f"tokenizer: no folder or file {str(path)!r}; give a folder that has a tokenizer.json"
+            " or a SentencePiece tokenizer.model, or the path of a tokenizer.model"
         )
     if (path / "tokenizer.json").is_file():
-        return PreTrainedTokenizerFast.from_pretrained(str(path), local_files_only=True)
+        try:
+            return PreTrainedTokenizerFast.from_pretrained(str(path), local_files_only=True)
+        except Exception as error:
+            raise ValueError(
+                f"tokenizer: cannot read {path / 'tokenizer.json'}: {error}"
+            ) from error
     if (path / "tokenizer.model").is_file():
         return _from_sentencepiece(path / "tokenizer.model")
     names = ", ".join(sorted(p.name for p in path.iterdir())[:20]) or "nothing"
     raise ValueError(
-        f"tokenizer: {path} has neither tokenizer.json nor tokenizer.model (it has {names}); a"
-        " slow tokenizer must be converted first: load it with transformers where it came from,"
-        " then save_pretrained() to this folder"
+        f"tokenizer: {path} has no tokenizer.json and no tokenizer.model (it has {names});"
+        " convert a slow tokenizer first: AutoTokenizer.from_pretrained(...).save_pretrained(...)"
     )
 
 
 def _from_sentencepiece(path: Path) -> Any:
-    """LLaMA 1 and 2: a SentencePiece BPE model with byte fallback, as Hugging Face's fast one."""
+    """LLaMA 1 and 2's BPE with byte fallback, as the fast tokenizer that Hugging Face ships.
+
+    A space is put before the text that follows each special token, as LLaMA's tokenizer did when
+    LLM Zoo was trained (``legacy=True``), and BOS comes first.
+    """
     from sentencepiece import sentencepiece_model_pb2
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
     from transformers import PreTrainedTokenizerFast
+
+    def refuse(why: str) -> ValueError:
+        return ValueError(
+            f"tokenizer: {path} {why}; only LLaMA-style SentencePiece models are converted here."
+            " Put a tokenizer.json beside it"
+        )
 
     proto = sentencepiece_model_pb2.ModelProto()
     try:
         proto.ParseFromString(path.read_bytes())
     except Exception as error:
-        raise ValueError(f"tokenizer: {path} is not a SentencePiece model ({error})") from error
+        raise refuse(f"is no SentencePiece model ({error}); Llama 3's is not one") from error
+    normal, trained = proto.normalizer_spec, proto.trainer_spec
+    specials = [p.piece for p in proto.pieces[:3]]
+    if specials != ["<unk>", "<s>", "</s>"]:
+        raise refuse(f"begins with {specials}, not <unk> <s> </s>")
+    if trained.model_type != trained.BPE or not trained.byte_fallback:
+        raise refuse("is no BPE model with byte fallback")
+    if normal.precompiled_charsmap or normal.remove_extra_whitespaces:
+        raise refuse(f"normalises text ({normal.name})")
+    if not normal.add_dummy_prefix or any(p.type == p.USER_DEFINED for p in proto.pieces):
+        raise refuse("has no dummy prefix, or has user-defined pieces")
+
+    # SentencePiece joins the pair whose joined piece has the best score (tokenizers: the first of
+    # the merges). Byte and special pieces are never joined.
     vocab = {piece.piece: i for i, piece in enumerate(proto.pieces)}
-    merges = []
-    for rank, piece in enumerate(proto.pieces):
-        if piece.type != 1 or len(piece.piece) < 2:
-            continue
-        text = piece.piece
-        for cut in range(1, len(text)):
-            if text[:cut] in vocab and text[cut:] in vocab:
-                merges.append((-piece.score, rank, -cut, text[:cut], text[cut:]))
+    normals = {piece.piece: piece.score for piece in proto.pieces if piece.type == piece.NORMAL}
+    merges = [
+        (-score, vocab[text], -cut, text[:cut], text[cut:])
+        for text, score in normals.items()
+        for cut in range(1, len(text))
+        if text[:cut] in normals and text[cut:] in normals
+    ]
     merges = [(left, right) for *_, left, right in sorted(merges)]
     backend = Tokenizer(
         models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
     )
-    backend.add_special_tokens(
-        [AddedToken(t, normalized=False, special=True) for t in ("<unk>", "<s>", "</s>")]
-    )
-    backend.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-    )
-    backend.decoder = decoders.Sequence(
-        [
-            decoders.Replace("▁", " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(content=" ", left=1),
-        ]
-    )
+    backend.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in specials])
+    spaces = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    backend.normalizer = normalizers.Sequence(spaces)
+    text = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence([*text, decoders.Strip(content=" ", left=1)])
     backend.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A <s>:1 $B:1", special_tokens=[("<s>", vocab["<s>"])]
     )
+    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        unk_token="<unk>",
-        bos_token="<s>",
-        eos_token="</s>",
-        clean_up_tokenization_spaces=False,
+        tokenizer_object=backend, clean_up_tokenization_spaces=False, **names
     )
+
+
+def save_tokenizer(tokenizer: Any, folder: str | Path, *, chat_format: ChatFormat) -> None:
+    """Writes the tokenizer with the chat template of the format, for old and new readers.
+
+    ``PreTrainedTokenizerFast`` is the class that transformers 4 and 5 both know, and that takes
+    tokenizer.json as it is.
+    """
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = chat_template(chat_format)
+    tokenizer.save_pretrained(str(folder))
+    path = Path(folder) / "tokenizer_config.json"
+    config = json.loads(path.read_text("utf-8"))
+    config |= {"tokenizer_class": "PreTrainedTokenizerFast"}
+    config |= {"chat_template": tokenizer.chat_template}  # where older readers look for it
+    path.write_text(json.dumps(config, ensure_ascii=False, indent=2) + "\n", "utf-8")
 
 
 # --- formats on a tokenizer ---------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class JinjaTemplate:
-    """A jinja chat template with the values of its variables (``bos_token`` and the like)."""
-
-    source: str
-    variables: tuple[tuple[str, str], ...] = ()
-
-    def __call__(self, messages: Sequence[Message], generation_prompt: bool) -> str:
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        chat = [{"role": m.role, "content": m.content} for m in messages]
-        texts, _ = render_jinja_template(
-            [chat],
-            chat_template=self.source,
-            add_generation_prompt=generation_prompt,
-            **dict(self.variables),
-        )
-        return texts[0]
-
-
 def resolve_format(name: str, tokenizer: Any) -> ChatFormat:
     """The chat format ``name`` on this tokenizer: its BOS comes first where the tokenizer adds one.
 
-    ``"tokenizer"`` is the tokenizer's own chat template. Raises ValueError for an unknown name,
-    and where a special token of the format is not one token of the tokenizer.
+    ``"tokenizer"`` is the tokenizer's own chat template, which writes BOS itself or not at all.
+    Raises ValueError for an unknown name, and where a special token of the format is not one token.
     """
     if name == "tokenizer":
-        return _own_template(tokenizer)
+        return _own_format(tokenizer)
     if name not in FORMATS:
         names = [*FORMATS, "tokenizer"]
-        near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+        near = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(f"unknown chat format {name!r}; {hint}There are {', '.join(names)}")
     chat_format = FORMATS[name]
     for token in chat_format.special_tokens:
         _check_token(token, tokenizer, name)
     bos = tokenizer.bos_token
-    start = "".join(s.text for s in render([Message("user", "x")], chat_format))
-    with_bos = bos is not None and tokenizer("x").input_ids[0] == tokenizer.bos_token_id
-    if with_bos and not start.startswith(bos):
+    first = tokenizer("x").input_ids[:1]
+    start = render([Message("user", "x")], chat_format)[0].text
+    if bos is not None and first == [tokenizer.bos_token_id] and not start.startswith(bos):
         _check_token(bos, tokenizer, name)
         chat_format = dataclasses.replace(chat_format, begin=bos)
     return chat_format
@@ -166,31 +187,87 @@ def resolve_format(name: str, tokenizer: Any) -> ChatFormat:
 
 def _check_token(token: str, tokenizer: Any, name: str) -> None:
     ids = tokenizer(token, add_special_tokens=False).input_ids
-    if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
+    if len(ids) != 1 or tokenizer.convert_ids_to_tokens(ids[0]) != token:
         raise ValueError(
-            f"chat format {name} needs {token!r} as one token, and this tokenizer writes it as"
-            f" {len(ids)}; use another chat format, or add the token to the tokenizer and the model"
+            f"chat format {name!r} needs {token!r} as one token, and this tokenizer has no such"
+            " token; use another chat format, or add it to the tokenizer and its row to the model"
         )
 
 
-def _own_template(tokenizer: Any) -> ChatFormat:
-    if not tokenizer.chat_template:
-        raise ValueError("chat format 'tokenizer': this tokenizer has no chat template; name one")
-    if not isinstance(tokenizer.chat_template, str):
-        raise ValueError("chat format 'tokenizer': the tokenizer has several templates")
-    template = JinjaTemplate(
-        tokenizer.chat_template, tuple(sorted(tokenizer.special_tokens_map.items()))
-    )
-    question, answer = Message("user", "question"), Message("assistant", "answer")
-    after = template([question, answer], False).rpartition("answer")[2]
-    stop = after.strip() or tokenizer.eos_token
+@dataclass(frozen=True)
+class JinjaTemplate:
+    """A checkpoint's own chat template; calling it gives segments, as ``render`` does."""
+
+    source: str
+    variables: tuple[tuple[str, str], ...]  # ("bos_token", "<s>") ...
+    closing: str = ""  # what it writes after an answer
+
+    def text(self, messages: Sequence[Message], generation_prompt: bool = False) -> str:
+        from jinja2 import TemplateError
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        chat = [{"role": m.role, "content": m.content} for m in messages]
+        try:
+            texts, _ = render_jinja_template(
+                [chat],
+                chat_template=self.source,
+                add_generation_prompt=generation_prompt,
+                **dict(self.variables),
+            )
+        except TemplateError as error:
+            raise ConversationError(f"the tokenizer's chat template refuses: {error}") from error
+        return texts[0]
+
+    def __call__(self, messages: Sequence[Message], generation_prompt: bool) -> list[Segment]:
+        """Finds the answers in the text by rendering the conversation up to each of them."""
+        whole = self.text(messages, generation_prompt)
+        segments, done = [], 0
+        for turn, message in enumerate(messages):
+            if message.role != "assistant":
+                continue
+            prompt = self.text(messages[:turn], True)
+            answer = self.text(messages[: turn + 1])
+            if answer.endswith(self.closing):  # the model never has to write the space after it
+                answer = answer[: len(answer) - len(self.closing) + len(self.closing.rstrip())]
+            for text, train in ((prompt, False), (answer, message.trained)):
+                if not whole.startswith(text) or len(text) < done:
+                    what = "prompt before it" if text is prompt else "text up to it"
+                    raise ConversationError(
+                        f"turn {turn + 1} ({message.role}): the tokenizer's chat template writes"
+                        f" the {what} differently in the whole conversation, so that a model would be"
+                        " trained on other text than it is served; use another chat format"
+                    )
+                segments.append(Segment(whole[done : len(text)], train))
+                done = len(text)
+        segments.append(Segment(whole[done:], False))
+        return [segment for segment in segments if segment.text]
+
+
+def _own_format(tokenizer: Any) -> ChatFormat:
+    source = tokenizer.chat_template
+    if isinstance(source, dict):  # several templates: apply_chat_template takes this one, too
+        source = source.get("default")
+    if not source:
+        raise ValueError(
+            "chat format 'tokenizer' is the tokenizer's own chat template, and it has none; use"
+            f" one of {', '.join(FORMATS)}"
+        )
+    template = JinjaTemplate(source, tuple(sorted(tokenizer.special_tokens_map.items())))
+    try:
+        probe = template.text([Message("user", "question"), Message("assistant", "answer")])
+    except ConversationError as error:
+        raise ValueError(f"chat format 'tokenizer': {error}") from error
+    closing = probe.rpartition("answer")[2]
+    if not closing.strip():
+        raise ValueError(
+            "chat format 'tokenizer': the template writes nothing after an answer, so a model could"
+            f" not learn to stop; use one of {', '.join(FORMATS)}"
+        )
+    special = _specials(tokenizer, len(tokenizer), ()).search(closing)
     return ChatFormat(
         name="tokenizer",
-        template=template,
-        assistant=("", after),
-        trained=("", after.rstrip()),
-        stop=(stop,),
-        special_tokens=(stop,),
+        template=dataclasses.replace(template, closing=closing),
+        stop=(special.group() if special else closing.strip(),),
     )
 
 
@@ -200,112 +277,114 @@ def _own_template(tokenizer: Any) -> ChatFormat:
 def encode(
     conversation: Conversation, *, tokenizer: Any, chat_format: ChatFormat, where: str = ""
 ) -> Example:
-    """Tokenises the whole rendered text once; the mask comes from character offsets.
+    """The tokens of a conversation; those that overlap trained text are targets of the loss.
 
-    Raises ConversationError, naming ``where`` and the turn, for messages that are out of order,
-    contain a special token of the tokenizer, or cannot be represented.
+    Raises ConversationError, beginning with ``where`` and naming the turn, for messages that are
+    out of order, contain a special token of the tokenizer, or have text that it cannot represent.
     """
-    where = where or conversation.id or "conversation"
+    where = where or conversation.id
     check_messages(conversation.messages, where=where)
     segments = _render(conversation.messages, tokenizer, chat_format, where, False)
-    ids, offsets = _tokenize(segments, conversation.messages, tokenizer, where)
-    edges = np.cumsum([0] + [len(s.text) for s in segments])
-    trained = np.zeros(edges[-1] + 1, np.int64)  # trained characters before each position
-    for segment, start in zip(segments, edges, strict=False):
-        trained[start + 1 : start + 1 + len(segment.text)] = segment.train
-    trained = np.cumsum(trained)
-    mask = trained[offsets[:, 1]] > trained[offsets[:, 0]]
-    return Example(ids, mask)
+    tokens, spans = _tokenize(segments, conversation.messages, tokenizer, where)
+    lengths = [len(segment.text) for segment in segments]
+    trained = np.repeat([segment.train for segment in segments], lengths)
+    before = np.concatenate([[0], np.cumsum(trained)])  # trained characters before each position
+    return Example(tokens, before[spans[:, 1]] > before[spans[:, 0]])
 
 
 def encode_prompt(
     messages: Sequence[Message], *, tokenizer: Any, chat_format: ChatFormat
 ) -> list[int]:
-    """The tokens of a history, up to where the model begins to speak."""
-    check_messages(messages, where="messages", generation_prompt=True)
-    segments = _render(messages, tokenizer, chat_format, "messages", True)
-    return _tokenize(segments, messages, tokenizer, "messages")[0].tolist()
+    """The tokens of a history, up to where the model begins to speak; raises as ``encode``."""
+    check_messages(messages, generation_prompt=True)
+    segments = _render(messages, tokenizer, chat_format, "", True)
+    return _tokenize(segments, messages, tokenizer, "")[0].tolist()
 
 
 def _render(messages, tokenizer, chat_format, where, generation_prompt) -> list[Segment]:
-    forged = _special_pattern(tokenizer, chat_format.special_tokens)
+    at = f"{where}: " if where else ""
+    specials = _specials(tokenizer, len(tokenizer), chat_format.special_tokens)
     for number, message in enumerate(messages, 1):
-        if found := forged.search(message.content):
+        if forged := specials.search(message.content):
             raise ConversationError(
-                f"{where}: turn {number} ({message.role}): the text contains the special token"
-                f" {found.group()!r}, which would forge a turn; remove it"
+                f"{at}turn {number} ({message.role}): the text contains {forged.group()!r}, a"
+                " special token that could forge a turn; remove it, or drop the conversation"
             )
     try:
         return render(messages, chat_format, generation_prompt=generation_prompt)
     except ConversationError as error:
-        raise ConversationError(f"{where}: {error}") from error
+        raise ConversationError(f"{at}{error}") from error
 
 
 @functools.lru_cache(maxsize=8)
-def _special_pattern(tokenizer: Any, more: tuple[str, ...]) -> re.Pattern:
+def _specials(tokenizer: Any, size: int, more: tuple[str, ...]) -> re.Pattern:
+    """Finds special tokens in text. ``size`` is the tokenizer's: it changes as tokens are added."""
     added = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
-    return re.compile("|".join(re.escape(t) for t in sorted({*added, *more}, key=len)[::-1]))
+    longest_first = sorted({*added, *more}, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
 
 def _tokenize(segments, messages, tokenizer, where) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids int32[n] and character spans int64[n, 2] that leave no gap between them."""
-    text = "".join(s.text for s in segments)
-    coded = tokenizer(
-        text, add_special_tokens=False, return_offsets_mapping=True, truncation=False, verbose=False
-    )
-    ids = np.asarray(coded.input_ids, np.int32)
-    offsets = np.asarray(coded.offset_mapping, np.int64).reshape(-1, 2)
-    for start, end in offsets[ids == tokenizer.unk_token_id]:
-        if text[start:end] != tokenizer.unk_token:
-            raise ConversationError(
-                f"{where}: the tokenizer has no token for {text[start:end]!r}; drop the text"
-            )
-    if len(offsets):
-        # Some tokenizers leave white space out of the spans: it belongs to the token after it.
-        offsets[1:, 0] = np.minimum(offsets[1:, 0], offsets[:-1, 1])
-    return ids, offsets
+    """Token ids int32[n] and their spans of characters int64[n, 2], which leave no gaps."""
+    text = "".join(segment.text for segment in segments)
+    coded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    tokens = np.asarray(coded.input_ids, np.int32)
+    spans = np.asarray(coded.offset_mapping, np.int64).reshape(-1, 2)
+    # Unknown: the unk token, but not its own name, as unk may also be eos (GPT-2) ...
+    lost = [text[a:b] for a, b in spans[tokens == tokenizer.unk_token_id]]
+    lost = [characters for characters in lost if characters != tokenizer.unk_token]
+    # ... or, without unk, no token at all. Some tokenizers leave white space out of the spans; it
+    # belongs to the token after it.
+    ends = np.concatenate([[0], np.maximum.accumulate(spans[:, 1])])
+    starts = np.append(spans[:, 0], len(text))
+    gaps = (text[ends[i] : starts[i]] for i in np.flatnonzero(starts > ends))
+    lost += [gap for gap in gaps if gap.strip()]
+    if lost:
+        turns = [n for n, message in enumerate(messages, 1) if lost[0] in message.content]
+        at = (f"{where}: " if where else "") + (f"turn {turns[0]}: " if turns else "")
+        raise ConversationError(
+            f"{at}the tokenizer cannot represent {lost[0]!r}; remove it, or drop the conversation"
+        )
+    spans[:, 0] = np.minimum(spans[:, 0], ends[:-1])
+    return tokens, spans
 
 
 def fingerprint(tokenizer: Any, chat_format: ChatFormat) -> str:
     """A hash of everything that decides the tokens and masks of ``encode``: a cache key."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
-    state.pop("truncation", None)  # set by calls, and never used here
+    state.pop("truncation", None)  # a call sets these two, and `encode` uses neither
     state.pop("padding", None)
-    parts = [1, state, dataclasses.asdict(chat_format)]  # 1: the version of `encode`
-    text = json.dumps(parts, sort_keys=True, ensure_ascii=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+    version = 1  # of `encode`: another one makes other tokens or masks of the same text
+    parts = [version, state, dataclasses.asdict(chat_format)]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
 # --- looking ------------------------------------------------------------------------------------
 
 
 def show(example: Example, *, tokenizer: Any, color: bool = True) -> str:
-    """The text of an example, trained tokens in green (or in ⟦ ⟧) and the others in grey."""
-    trained, other, end = ("\033[32m", "\033[90m", "\033[0m") if color else ("⟦", "", "")
+    """The text of an example: trained tokens green and the others grey, or the trained in ⟦ ⟧."""
+    begin = {True: "\033[32m", False: "\033[90m"} if color else {True: "⟦", False: ""}
+    end = {True: "\033[0m", False: "\033[0m"} if color else {True: "⟧", False: ""}
     out, now = [], None
-    for text, train in _pieces(example, tokenizer):
-        if train != now:
-            if not color and now:
-                out.append("⟧")
-            out.append(trained if train else other)
+    for text, train in _characters(example, tokenizer):
+        if train is not now:
+            out += [end[now]] if now is not None else []
+            out += [begin[train]]
             now = train
         out.append(text)
-    if not color and now:
-        out.append("⟧")
-    return "".join(out) + end
+    return "".join(out) + ("" if now is None else end[now])
 
 
-def _pieces(example: Example, tokenizer: Any):
+def _characters(example: Example, tokenizer: Any) -> Iterator[tuple[str, bool]]:
     """(text, trained) of each smallest group of tokens that is a whole number of characters."""
-
-    def decode(ids: list[int]) -> str:
-        return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-
-    context, group = [], []
-    for i, token in enumerate(example.tokens.tolist()):
+    context: list[int] = []  # the group before: what a token reads as may depend on it
+    group: list[int] = []
+    for i, (token, train) in enumerate(zip(example.tokens.tolist(), example.loss_mask.tolist())):  # noqa: B905
         group.append(token)
-        text = decode(context + group)
+        text = tokenizer.decode(context + group, clean_up_tokenization_spaces=False)
         if text.endswith("\ufffd") and i + 1 < len(example.tokens):
-            continue
-        yield text[len(decode(context)) :], bool(example.loss_mask[i])
+            continue  # part of a character
+        skip = len(tokenizer.decode(context, clean_up_tokenization_spaces=False))
+        yield text[skip:], train
         context, group = group, []
