@@ -18,25 +18,22 @@ class KVCache(NamedTuple):
 
 
 class Mask(NamedTuple):
-    """Who sees whom: query ``[B,T]``, key ``[B,S]``. A query sees the keys of its own segment
-    that are not after it. ``order`` is what "after" compares: the index in the row for packed
-    rows, the position for a cache."""
+    """Who sees whom: a query sees the keys of its own segment that are not after it.
 
-    query_segments: jax.Array
-    key_segments: jax.Array
-    query_order: jax.Array
-    key_order: jax.Array
+    ``query_order[B,T]`` and ``key_order[B,S]`` are what "after" compares; None stands for the
+    index in the row, which the compiler knows, so that later keys are not even computed.
+    """
 
-    def allowed(self) -> jax.Array:
-        same = self.query_segments[:, :, None] == self.key_segments[:, None, :]
-        return same & (self.query_order[:, :, None] >= self.key_order[:, None, :])  # [B,T,S]
+    query_segments: jax.Array  # [B,T]
+    key_segments: jax.Array  # [B,S]
+    query_order: jax.Array | None = None
+    key_order: jax.Array | None = None
 
 
 def packed_mask(segment_ids: jax.Array) -> Mask:
     """Causal attention inside each segment of ``segment_ids[B,T]``; padding (0) sees padding,
     so that no softmax is empty."""
-    order = jnp.broadcast_to(jnp.arange(segment_ids.shape[1]), segment_ids.shape)
-    return Mask(segment_ids, segment_ids, order, order)
+    return Mask(segment_ids, segment_ids)
 
 
 def cache_mask(positions: jax.Array, num_slots: int) -> Mask:
@@ -72,16 +69,52 @@ def attend(
     """
     B, T, N, H = q.shape
     K = k.shape[2]
-    q = q.reshape(B, T, K, N // K, H)
-    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32)
-    scores = scores * (1.0 / math.sqrt(H))
+    q = jnp.moveaxis(q.reshape(B, T, K, N // K, H), 1, 3)  # [B,K,G,T,H]
+    k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)  # [B,K,S,H]
+    bias = None
     if alibi_slopes is not None:
         slopes = alibi_slopes.reshape(K, N // K, 1, 1)
-        scores += slopes * key_positions[:, None, None, None, :].astype(jnp.float32)
-    allowed = mask.allowed()[:, None, None]  # [B,1,1,T,S]
-    scores = jnp.where(allowed, scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)  # [B,K,G,T,S]
-    return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v).reshape(B, T, N, H)
+        bias = slopes * key_positions[:, None, None, None, :].astype(jnp.float32)  # [B,K,G,1,S]
+    if mask.query_order is None:
+        y = _causal(q, k, v, mask.query_segments, bias)
+    else:
+        same = mask.query_segments[:, :, None] == mask.key_segments[:, None, :]
+        after = mask.query_order[:, :, None] >= mask.key_order[:, None, :]
+        y = _softmax_attention(q, k, v, same & after, bias)
+    return jnp.moveaxis(y, 3, 1).reshape(B, T, N, H)
+
+
+def _causal(q, k, v, segments, bias):
+    """Chunks of queries, each against the keys up to its own end: a little over half the work of
+    all T x T scores, in pieces that stay in the cache (3x faster on a CPU at T = 512)."""
+    T = q.shape[3]
+    chunk = T if T % 8 or T < 128 else T // 8
+    pieces = []
+    for start in range(0, T, chunk):
+        stop = start + chunk
+        same = segments[:, start:stop, None] == segments[:, None, :stop]
+        causal = jnp.arange(start, stop)[:, None] >= jnp.arange(stop)[None, :]
+        pieces.append(
+            _softmax_attention(
+                q[:, :, :, start:stop],
+                k[:, :, :stop],
+                v[:, :, :stop],
+                same & causal,
+                None if bias is None else bias[..., :stop],
+            )
+        )
+    return pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, axis=3)
+
+
+def _softmax_attention(q, k, v, allowed, bias):
+    """``q[B,K,G,T,H], k, v[B,K,S,H], allowed[B,T,S], bias[B,K,G,1,S] -> [B,K,G,T,H]``."""
+    scores = jnp.einsum("BKGTH,BKSH->BKGTS", q, k, preferred_element_type=jnp.float32)
+    scores = scores * (1.0 / math.sqrt(q.shape[-1]))
+    if bias is not None:
+        scores = scores + bias
+    scores = jnp.where(allowed[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("BKGTS,BKSH->BKGTH", weights, v)
 
 
 def alibi_slopes(num_heads: int) -> list[float]:
