@@ -7,10 +7,14 @@ row comes when by the seed, so the state of the whole pipeline is one integer: t
 
 from __future__ import annotations
 
+import bisect
+import contextlib
 import hashlib
+import itertools
+import json
 import os
 import shutil
-import tempfile
+import uuid
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -44,24 +48,20 @@ class Records:
     loss_tokens: np.ndarray  # int32[n], tokens that are targets of the loss
     lang: np.ndarray  # int32[n], index into languages
     lines: np.ndarray  # int64[n], line in the file, from 1
-    languages: tuple[str, ...]  # sorted
+    languages: list[str]  # sorted
     left_out: dict[str, int]  # conversations by language that the language filter left out
-    records: Sequence[bytes]  # see _to_bytes
+    data: Sequence[bytes]  # the tokens of a record, and its loss mask
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def __getitem__(self, record: int) -> tuple[np.ndarray, np.ndarray]:
         """tokens int32[n] and loss mask bool[n] of a record."""
-        data, n = self.records[record], int(self.lengths[record])
+        data, n = self.data[record], int(self.lengths[record])
         return np.frombuffer(data, "<i4", n), np.frombuffer(data, bool, n, offset=4 * n)
 
     def where(self, record: int) -> str:
         return f"{self.path}:{self.lines[record]}"
-
-
-def _to_bytes(tokens: np.ndarray, loss_mask: np.ndarray) -> bytes:
-    return tokens.astype("<i4").tobytes() + loss_mask.astype(bool).tobytes()
 
 
 def tokenise(
@@ -81,17 +81,14 @@ def tokenise(
     key = _cache_key(path, fingerprint(tokenizer, chat_format), languages)
     folder = os.path.join(cache_dir, key)
     if not os.path.isdir(folder):
-        os.makedirs(cache_dir, exist_ok=True)
         # Built beside its final place and renamed: a killed run leaves no half of a cache, and of
         # two processes that do this at once one wins and both results are the same.
-        building = tempfile.mkdtemp(prefix=f"{key}.", dir=cache_dir)
+        building = f"{folder}.{uuid.uuid4().hex}"
+        os.makedirs(building)
         try:
             _tokenise_into(building, path, tokenizer, chat_format, languages)
-            try:
+            with contextlib.suppress(OSError):  # the other was first; or _load says what is wrong
                 os.rename(building, folder)
-            except OSError:
-                if not os.path.isdir(folder):
-                    raise
         finally:
             shutil.rmtree(building, ignore_errors=True)
     return _load(path, folder)
@@ -113,34 +110,33 @@ def _tokenise_into(folder: str, path: str, tokenizer, chat_format, languages) ->
             if languages and not _matches(item.lang, languages):
                 left_out[item.lang] += 1
                 continue
-            where = f"{path}:{line}"
-            example = encode(item, tokenizer=tokenizer, chat_format=chat_format, where=where)
-            writer.write(_to_bytes(example.tokens, example.loss_mask))
+            example = encode(
+                item, tokenizer=tokenizer, chat_format=chat_format, where=f"{path}:{line}"
+            )
+            writer.write(example.tokens.astype("<i4").tobytes() + example.loss_mask.tobytes())
             loss_tokens = int(example.loss_mask[1:].sum())  # the first token is no target
             columns.append((len(example.tokens), loss_tokens, item.lang, line))
     finally:
         writer.close()
     lengths, loss_tokens, lang, lines = zip(*columns, strict=True) if columns else ((),) * 4
-    names = sorted(set(lang))
+    names, lang = np.unique(np.array(lang, str), return_inverse=True)
     np.savez(
         os.path.join(folder, "index.npz"),
         lengths=np.array(lengths, np.int32),
         loss_tokens=np.array(loss_tokens, np.int32),
-        lang=np.array([names.index(x) for x in lang], np.int32),
+        lang=lang.astype(np.int32),
         lines=np.array(lines, np.int64),
-        languages=np.array(names, str),
-        left_out_languages=np.array(sorted(left_out), str),
-        left_out_counts=np.array([left_out[x] for x in sorted(left_out)], np.int64),
     )
+    with open(os.path.join(folder, "languages.json"), "w", encoding="utf-8") as file:
+        json.dump({"languages": names.tolist(), "left_out": left_out}, file)
 
 
 def _numbered(path: str) -> Iterator[tuple[int, Conversation]]:
     """(line, conversation), with a progress bar where it takes long."""
+    title = f"tokenising {os.path.basename(path)}"
     with open(path, encoding="utf-8-sig", newline="\n") as file:
         lines = (number for number, line in enumerate(file, 1) if line.strip())
-        title = f"tokenising {os.path.basename(path)}"
-        bar = tqdm(read_jsonl(path), desc=title, unit=" conversations", delay=2)
-        for item in bar:
+        for item in tqdm(read_jsonl(path), desc=title, unit=" conversations", delay=2):
             yield next(lines), item
 
 
@@ -151,18 +147,12 @@ def _matches(lang: str, languages: Sequence[str]) -> bool:
 
 def _load(path: str, folder: str) -> Records:
     with np.load(os.path.join(folder, "index.npz")) as index:
-        names = index["left_out_languages"].tolist()
-        left_out = dict(zip(names, index["left_out_counts"].tolist(), strict=True))
-        arrays = {name: index[name] for name in ("lengths", "loss_tokens", "lang", "lines")}
-        languages = tuple(index["languages"].tolist())
+        arrays = dict(index)
+    with open(os.path.join(folder, "languages.json"), encoding="utf-8") as file:
+        languages = json.load(file)
     file = os.path.join(folder, "records.array_record")
-    return Records(
-        path=path,
-        languages=languages,
-        left_out=left_out,
-        records=grain.sources.ArrayRecordDataSource(file) if len(arrays["lengths"]) else (),
-        **arrays,
-    )
+    data = grain.sources.ArrayRecordDataSource(file) if len(arrays["lengths"]) else ()
+    return Records(path=path, data=data, **arrays, **languages)
 
 
 # --- records -> rows ----------------------------------------------------------------------------
@@ -170,83 +160,99 @@ def _load(path: str, folder: str) -> Records:
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """One source, packed."""
+    """Files of one weight, packed together: a row may hold conversations of several of them."""
 
-    source: Source
-    records: Records
+    weight: float
+    files: tuple[Records, ...]
+    starts: tuple[int, ...]  # of each file: the number of its first record in the plan
     plan: Plan
 
     def fill(self, rows: Sequence[int] | np.ndarray) -> Batch:
-        return fill_rows(self.plan, rows, self.records.__getitem__)
+        """Batch[len(rows), T]."""
 
-    def loss_tokens(self) -> int:
-        """Targets of the loss in the plan: all of them, but for those cut off by truncation."""
-        total = int(self.records.loss_tokens.sum())
-        if self.plan.report.truncated:
-            keep = self.plan.sequence_length + 1
-            for record in np.flatnonzero(self.records.lengths > keep):
-                total -= int(self.records[record][1][keep:].sum())
-        return total
+        def example(record: int) -> tuple[np.ndarray, np.ndarray]:
+            file, record = _locate(self.files, self.starts, record)
+            return file[record]
+
+        return fill_rows(self.plan, rows, example)
+
+    def languages(self, row: int) -> list[str]:
+        """The language of each segment of a row."""
+        spans = self.plan.spans[self.plan.row_starts[row] : self.plan.row_starts[row + 1]]
+        located = [_locate(self.files, self.starts, record) for record, _, _ in spans.tolist()]
+        return [file.languages[file.lang[record]] for file, record in located]
 
 
-def _pack(sources: Sequence[Source], data: DataConfig, tokenizer, chat_format) -> list[Part]:
-    """Packs each source; those without a conversation in ``data.languages`` are left out."""
-    parts = []
-    left_out: Counter[str] = Counter()
-    for source in sources:
-        if not source.weight > 0:
-            raise DataError(f"{source.path}: weight must be more than 0, not {source.weight}")
-        records = tokenise(
+def _locate(files: Sequence[Records], starts: Sequence[int], record: int) -> tuple[Records, int]:
+    """The file that a record of a plan is in, and its number there."""
+    number = bisect.bisect_right(starts, record) - 1
+    return files[number], record - starts[number]
+
+
+def _pack(files: Sequence[Records], weight: float, data: DataConfig) -> Part:
+    starts = tuple(itertools.accumulate((len(file) for file in files[:-1]), initial=0))
+    lengths = np.concatenate([file.lengths for file in files])
+    try:
+        packed = plan(lengths, sequence_length=data.sequence_length, overlong=data.overlong)
+    except PackingError as error:
+        file, record = _locate(files, starts, error.record)
+        raise DataError(f"{file.where(record)}: {error.message}") from error
+    return Part(weight, tuple(files), starts, packed)
+
+
+def _tokenise_all(
+    sources: Sequence[Source], data: DataConfig, tokenizer, chat_format
+) -> list[Records]:
+    """Raises DataError where there are sources, and no conversation is in ``data.languages``."""
+    files = [
+        tokenise(
             source.path,
             tokenizer=tokenizer,
             chat_format=chat_format,
             languages=data.languages,
             cache_dir=data.cache_dir,
         )
-        left_out.update(records.left_out)
-        if not len(records):
-            continue
-        try:
-            packed = plan(
-                records.lengths, sequence_length=data.sequence_length, overlong=data.overlong
-            )
-        except PackingError as error:
-            raise DataError(f"{records.where(error.record)}: {error.message}") from error
-        parts.append(Part(source, records, packed))
-    if sources and not parts:
+        for source in sources
+    ]
+    if files and not any(map(len, files)):
+        left_out = sum((Counter(file.left_out) for file in files), Counter())
         raise DataError(
-            f"no conversation is in the languages {', '.join(data.languages)}; the files "
-            f"{', '.join(s.path for s in sources)} have {_counts(left_out)}"
+            f"no conversation is in the languages {', '.join(data.languages)}; "
+            f"{', '.join(file.path for file in files)} have {_counts(left_out)}"
         )
-    return parts
+    return files
+
+
+def _describe_file(file: Records, data: DataConfig) -> str:
+    """A line for the console: what is in a file, and what of it is not trained on as it is."""
+    keep = data.sequence_length + 1  # tokens of a record that fit into a row
+    overlong = np.flatnonzero(file.lengths > keep)
+    tokens, loss_tokens = int(file.lengths.sum()) - len(file), int(file.loss_tokens.sum())
+    notes = []
+    if len(overlong) and data.overlong == "split":
+        notes.append(f"{len(overlong):,} longer than a row, split")
+    if len(overlong) and data.overlong == "truncate":
+        lost = int(file.lengths[overlong].sum()) - keep * len(overlong)
+        tokens -= lost
+        loss_tokens -= sum(int(file[record][1][keep:].sum()) for record in overlong.tolist())
+        notes.append(f"{len(overlong):,} longer than a row, truncated, {lost:,} tokens lost")
+    if file.left_out:
+        notes.append(f"left out by language: {_counts(file.left_out)}")
+    counts = f"{len(file):,} conversations, {tokens:,} tokens, {loss_tokens:,} in the loss"
+    return "; ".join([f"{file.path}: {counts}", *notes])
+
+
+def _describe_rows(part: Part) -> str:
+    report = part.plan.report
+    return f"{report.rows:,} rows of {part.plan.sequence_length:,}, {report.efficiency:.1%} full"
 
 
 def _counts(counts: dict[str, int]) -> str:
     return ", ".join(f"{name} ({count:,})" for name, count in sorted(counts.items()))
 
 
-def _languages(parts: Sequence[Part]) -> list[str]:
-    return sorted({name for part in parts for name in part.records.languages})
-
-
-def _describe(part: Part, per_epoch: int | None = None) -> str:
-    report = part.plan.report
-    text = (
-        f"{part.source.path}: {report.records:,} conversations, {report.rows:,} rows of "
-        f"{part.plan.sequence_length:,}, {report.efficiency:.1%} full; {report.pairs:,} tokens, "
-        f"{part.loss_tokens():,} in the loss"
-    )
-    if per_epoch is not None and per_epoch != report.rows:
-        text += f"; {per_epoch:,} rows an epoch ({part.source.weight:g} passes)"
-    if report.split:
-        text += f"; {report.split:,} longer than a row, split"
-    if report.truncated:
-        text += f"; {report.truncated:,} longer than a row, {report.lost:,} tokens cut off"
-    if silent := int((part.records.loss_tokens == 0).sum()):
-        text += f"; {silent:,} conversations have no token in the loss"
-    if part.records.left_out:
-        text += f"; left out by language: {_counts(part.records.left_out)}"
-    return text
+def _languages(files: Sequence[Records]) -> list[str]:
+    return sorted({name for file in files for name in file.languages})
 
 
 # --- training -----------------------------------------------------------------------------------
@@ -293,22 +299,30 @@ class TrainData:
 
 
 def train_data(data: DataConfig, *, tokenizer, chat_format, seed: int) -> TrainData:
-    """The training mixture. An epoch holds ``weight`` passes over the rows of each source.
+    """The training mixture. An epoch holds ``weight`` passes over each source.
 
-    With weights of 1 every row comes exactly once an epoch; with weight 0.5 every row of that
-    source comes once in two epochs. Every epoch has another order. Raises DataError,
-    ConversationError.
+    With weights of 1 every pair comes exactly once an epoch; with 0.5 the rows of that source come
+    once in two epochs. Each epoch has another order. Raises DataError, ConversationError.
     """
     if not data.train:
         raise DataError("data.train names no source of conversations")
-    parts = _pack(data.train, data, tokenizer, chat_format)
-    per_epoch = [max(1, round(part.source.weight * part.plan.rows)) for part in parts]
+    for source in data.train:
+        if not source.weight > 0:
+            raise DataError(f"{source.path}: weight must be more than 0, not {source.weight}")
+    files = _tokenise_all(data.train, data, tokenizer, chat_format)
+    by_weight: dict[float, list[Records]] = {}
+    for source, file in zip(data.train, files, strict=True):
+        if len(file):
+            by_weight.setdefault(source.weight, []).append(file)
+    parts = [_pack(group, weight, data) for weight, group in by_weight.items()]
+    per_epoch = [max(1, round(part.weight * part.plan.rows)) for part in parts]
     rows = sum(per_epoch)
-    lines = [_describe(part, n) for part, n in zip(parts, per_epoch, strict=True)]
+    lines = [_describe_file(file, data) for file in files]
+    lines += [f"weight {part.weight:g}: {_describe_rows(part)}" for part in parts]
     lines.append(f"an epoch: {rows:,} rows, {rows / data.batch_size:,.1f} batches")
     return TrainData(
         rows_per_epoch=rows,
-        languages=_languages(parts),
+        languages=_languages(files),
         report="\n".join(lines),
         batch_size=data.batch_size,
         parts=parts,
@@ -349,38 +363,38 @@ class HeldoutData:
     """Held-out conversations: every pair exactly once, in a fixed order."""
 
     languages: list[str]
-    report: str
+    report: str  # a line a source, for the console
     batch_size: int
-    parts: list[Part]
+    part: Part | None  # None: there are no held-out sources
 
     def batches(self) -> Iterator[tuple[Batch, np.ndarray]]:
-        """Batches [B, T] and int32[B, T], the language of every position (-1 in padding).
+        """Batches [B, T] and int32[B, T], the index in ``languages`` of every position.
 
-        The last batch is filled up with empty rows.
+        The language of padding is -1. The last batch is filled up with empty rows.
         """
-        rows = [(part, row) for part in self.parts for row in range(part.plan.rows)]
-        for start in range(0, len(rows), self.batch_size):
-            batch = empty_rows(self.batch_size, self.parts[0].plan.sequence_length)
+        if self.part is None:
+            return
+        plan, size = self.part.plan, self.batch_size
+        for start in range(0, plan.rows, size):
+            rows = range(start, min(start + size, plan.rows))
+            batch = empty_rows(size, plan.sequence_length)
             language = np.full(batch.tokens.shape, -1, np.int32)
-            for b, (part, row) in enumerate(rows[start : start + self.batch_size]):
-                for whole, filled in zip(batch, part.fill([row]), strict=True):
-                    whole[b] = filled[0]
-                of_segment = np.array([-1, *self._languages_of(part, row)], np.int32)
-                language[b] = of_segment[batch.segment_ids[b]]
+            for whole, filled in zip(batch, self.part.fill(rows), strict=True):
+                whole[: len(rows)] = filled
+            for b, row in enumerate(rows):
+                of_segment = [self.languages.index(name) for name in self.part.languages(row)]
+                language[b] = np.array([-1, *of_segment])[batch.segment_ids[b]]
             yield batch, language
-
-    def _languages_of(self, part: Part, row: int) -> list[int]:
-        spans = part.plan.spans[part.plan.row_starts[row] : part.plan.row_starts[row + 1]]
-        names = part.records.languages
-        return [self.languages.index(names[part.records.lang[record]]) for record, _, _ in spans]
 
 
 def heldout_batches(data: DataConfig, *, tokenizer, chat_format) -> HeldoutData:
-    """The held-out conversations of the config. Raises DataError, ConversationError."""
-    parts = _pack(data.heldout, data, tokenizer, chat_format)
+    """The held-out conversations, whatever their weight. Raises DataError, ConversationError."""
+    files = _tokenise_all(data.heldout, data, tokenizer, chat_format)
+    part = _pack([file for file in files if len(file)], 1.0, data) if files else None
+    lines = [_describe_file(file, data) for file in files]
     return HeldoutData(
-        languages=_languages(parts),
-        report="\n".join(map(_describe, parts)) or "no held-out data",
+        languages=_languages(files),
+        report="\n".join([*lines, _describe_rows(part)]) if part else "no held-out data",
         batch_size=data.batch_size,
-        parts=parts,
+        part=part,
     )
