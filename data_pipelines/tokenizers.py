@@ -10,15 +10,19 @@ fallback, ``<unk>`` 0, ``<s>`` 1, ``</s>`` 2, and no pad. The same file gives th
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import re
+import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 from absl import app, flags
 
 from llmzoo_jax.conversation import FORMATS, read_jsonl, render
+from llmzoo_jax.tokenizer import load_tokenizer
 
 KINDS = ("bpe", "sentencepiece")
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>")
@@ -44,7 +48,9 @@ def train_bpe(data: str | Path, vocab_size: int):
     from transformers import PreTrainedTokenizerFast
 
     if vocab_size < 256 + len(SPECIAL_TOKENS):
-        raise ValueError(f"--vocab_size={vocab_size}: bytes and special tokens alone are 260")
+        raise ValueError(
+            f"--vocab_size={vocab_size}: bytes and special tokens alone are 260 tokens"
+        )
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -73,35 +79,49 @@ def train_bpe(data: str | Path, vocab_size: int):
 
 
 def train_sentencepiece(data: str | Path, vocab_size: int) -> bytes:
-    """The bytes of a LLaMA-style ``tokenizer.model``."""
+    """The bytes of a LLaMA-style ``tokenizer.model``; ValueError where the size does not fit.
+
+    Single characters take half of the vocabulary at most; the rarest are left to byte fallback.
+    """
     import sentencepiece
 
+    lines = [line for text in texts(data) for line in text.split("\n") if line]
+    counts = Counter(itertools.chain.from_iterable(lines))
+    by_count = sorted(counts, key=lambda character: (-counts[character], character))
+    rare = by_count[max(1, (vocab_size - 259) // 2) :]  # 256 bytes, 3 special tokens
+    if rare:
+        cut = re.compile("[" + re.escape("".join(rare)) + "]")
+        lines = [part for line in lines for part in cut.split(line) if part]
     model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=(line for text in texts(data) for line in text.split("\n") if line),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=vocab_size,
-        byte_fallback=True,
-        split_digits=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        add_dummy_prefix=True,
-        allow_whitespace_only_pieces=True,
-        character_coverage=0.9995,
-        max_sentence_length=1 << 20,
-        unk_id=0,
-        bos_id=1,
-        eos_id=2,
-        pad_id=-1,
-        num_threads=1,
-        minloglevel=2,
-    )
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            character_coverage=0.9995,
+            byte_fallback=True,
+            split_digits=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=True,
+            allow_whitespace_only_pieces=True,
+            max_sentence_length=1 << 20,  # bytes; longer lines would be left out
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
+            num_threads=1,
+            minloglevel=4,
+        )
+    except RuntimeError as error:
+        reason = str(error).rpartition("] ")[2]
+        raise ValueError(f"--vocab_size={vocab_size} does not fit {data}: {reason}") from error
     return model.getvalue()
 
 
 _DATA = flags.DEFINE_string("data", None, "JSON Lines file of conversations.", required=True)
-_OUT = flags.DEFINE_string("out", None, "Folder to write.", required=True)
+_OUT = flags.DEFINE_string("out", None, "Folder to write; safe to run again.", required=True)
 _KIND = flags.DEFINE_enum("kind", "bpe", KINDS, "As BLOOM's (bpe) or as LLaMA's (sentencepiece).")
 _VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 8192, "Tokens, special ones included.")
 
@@ -109,17 +129,26 @@ _VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 8192, "Tokens, special ones inc
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unknown argument {argv[1]!r}")
-    out = Path(_OUT.value)
+    out, kind = Path(_OUT.value), _KIND.value
+    other = out / ("tokenizer.model" if kind == "bpe" else "tokenizer.json")
+    if other.exists():
+        sys.exit(f"error: {other} is a tokenizer of another kind; give another --out, or remove it")
+    try:
+        if kind == "bpe":
+            tokenizer = train_bpe(_DATA.value, _VOCAB_SIZE.value)
+        else:
+            model = train_sentencepiece(_DATA.value, _VOCAB_SIZE.value)
+    except ValueError as error:  # ConversationError is one
+        sys.exit(f"error: {error}")
     out.mkdir(parents=True, exist_ok=True)
-    if _KIND.value == "bpe":
-        tokenizer = train_bpe(_DATA.value, _VOCAB_SIZE.value)
-        tokenizer.save_pretrained(out)
-    else:
-        model = train_sentencepiece(_DATA.value, _VOCAB_SIZE.value)
-        with tempfile.NamedTemporaryFile(dir=out, delete=False) as file:
-            file.write(model)
-        os.replace(file.name, out / "tokenizer.model")
-    print(f"{out}: a tokenizer of kind {_KIND.value}, {_VOCAB_SIZE.value} tokens at most")
+    with tempfile.TemporaryDirectory(dir=out) as folder:  # so that `out` has whole files only
+        if kind == "bpe":
+            tokenizer.save_pretrained(folder)
+        else:
+            Path(folder, "tokenizer.model").write_bytes(model)
+        for path in Path(folder).iterdir():
+            os.replace(path, out / path.name)
+    print(f"{out}: {len(load_tokenizer(out))} tokens ({kind})")
 
 
 if __name__ == "__main__":

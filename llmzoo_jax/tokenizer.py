@@ -234,7 +234,7 @@ class JinjaTemplate:
                     what = "prompt before it" if text is prompt else "text up to it"
                     raise ConversationError(
                         f"turn {turn + 1} ({message.role}): the tokenizer's chat template writes"
-                        f" the {what} differently in the whole conversation, so that a model would be"
+                        f" the {what} differently in the whole conversation, so a model would be"
                         " trained on other text than it is served; use another chat format"
                     )
                 segments.append(Segment(whole[done : len(text)], train))
