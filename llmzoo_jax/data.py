@@ -307,7 +307,7 @@ def train_data(data: DataConfig, *, tokenizer, chat_format, seed: int) -> TrainD
     if not data.train:
         raise DataError("data.train names no source of conversations")
     for source in data.train:
-        if not source.weight > 0:
+        if not 0 < source.weight < float("inf"):
             raise DataError(f"{source.path}: weight must be more than 0, not {source.weight}")
     files = _tokenise_all(data.train, data, tokenizer, chat_format)
     by_weight: dict[float, list[Records]] = {}
