@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TextIO
 
 from llmzoo_jax.conversation import Conversation, Message
 
@@ -62,20 +62,28 @@ def convert(
 def read_records(path: str) -> Iterator[tuple[str, dict[str, Any] | Unusable]]:
     """``file:number`` and the object, of a JSON list or of JSON Lines (whatever the file's name).
 
-    Numbers are those of lines in JSON Lines, of records in a list.
+    Numbers are those of lines in JSON Lines, of records in a list. Raises ValueError where the file
+    is not UTF-8, or a list is broken.
     """
     name = os.path.basename(path)
     with open(path, encoding="utf-8-sig") as file:
         start = file.read(4096).lstrip()[:1]
         file.seek(0)
         if start == "[":
-            items = enumerate(json.load(file), 1)
+            items = enumerate(_whole(file), 1)
         else:
             items = ((n, _json_or_error(line)) for n, line in enumerate(file, 1) if line.strip())
         for number, item in items:
             if not isinstance(item, dict | Unusable):
-                item = Unusable("not an object", repr(item)[:80])
+                item = Unusable("not an object", f"{item!r:.80}")
             yield f"{name}:{number}", item
+
+
+def _whole(file: TextIO) -> Any:
+    try:
+        return json.load(file)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file.name}: not JSON: {error}") from error
 
 
 def _json_or_error(line: str) -> Any:
@@ -85,8 +93,10 @@ def _json_or_error(line: str) -> Any:
         return Unusable("not JSON", str(error))
 
 
-def text_of(record: dict[str, Any], key: str) -> str:
+def text_of(record: Any, key: str) -> str:
     """The string ``record[key]``. Raises Unusable where it is missing or no string."""
+    if not isinstance(record, dict):
+        raise Unusable("not an object", f"{record!r:.80}")
     if not isinstance(record.get(key), str):
         raise Unusable("no text", f"{key!r} is {type(record.get(key)).__name__}, not a string")
     return record[key]

@@ -45,8 +45,8 @@ def _text(message: dict[str, Any]) -> str:
     if not isinstance(message.get("content"), list):
         return text_of(message, "content")
     for part in message["content"]:
-        if part.get("type") != "text":
-            raise Unusable("unsupported content", f"a part of type {part.get('type')!r}")
+        if text_of(part, "type") != "text":
+            raise Unusable("unsupported content", f"a part of type {part['type']!r}")
     return "".join(text_of(p, "text" if "text" in p else "value") for p in message["content"])
 
 
