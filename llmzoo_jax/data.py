@@ -126,9 +126,8 @@ def _tokenise_into(folder: str, path: str, tokenizer, chat_format, languages) ->
         loss_tokens=np.array(loss_tokens, np.int32),
         lang=lang.astype(np.int32),
         lines=np.array(lines, np.int64),
+        names=json.dumps({"languages": names.tolist(), "left_out": left_out}),
     )
-    with open(os.path.join(folder, "languages.json"), "w", encoding="utf-8") as file:
-        json.dump({"languages": names.tolist(), "left_out": left_out}, file)
 
 
 def _numbered(path: str) -> Iterator[tuple[int, Conversation]]:
@@ -148,11 +147,10 @@ def _matches(lang: str, languages: Sequence[str]) -> bool:
 def _load(path: str, folder: str) -> Records:
     with np.load(os.path.join(folder, "index.npz")) as index:
         arrays = dict(index)
-    with open(os.path.join(folder, "languages.json"), encoding="utf-8") as file:
-        languages = json.load(file)
+    names = json.loads(str(arrays.pop("names")))
     file = os.path.join(folder, "records.array_record")
     data = grain.sources.ArrayRecordDataSource(file) if len(arrays["lengths"]) else ()
-    return Records(path=path, data=data, **arrays, **languages)
+    return Records(path=path, data=data, **arrays, **names)
 
 
 # --- records -> rows ----------------------------------------------------------------------------
@@ -171,8 +169,8 @@ class Part:
         """Batch[len(rows), T]."""
 
         def example(record: int) -> tuple[np.ndarray, np.ndarray]:
-            file, record = _locate(self.files, self.starts, record)
-            return file[record]
+            file, number = _locate(self.files, self.starts, record)
+            return file[number]
 
         return fill_rows(self.plan, rows, example)
 
@@ -190,6 +188,8 @@ def _locate(files: Sequence[Records], starts: Sequence[int], record: int) -> tup
 
 
 def _pack(files: Sequence[Records], weight: float, data: DataConfig) -> Part:
+    if data.batch_size < 1:
+        raise DataError(f"data.batch_size must be 1 or more, not {data.batch_size}")
     starts = tuple(itertools.accumulate((len(file) for file in files[:-1]), initial=0))
     lengths = np.concatenate([file.lengths for file in files])
     try:
@@ -238,8 +238,8 @@ def _describe_file(file: Records, data: DataConfig) -> str:
         notes.append(f"{len(overlong):,} longer than a row, truncated, {lost:,} tokens lost")
     if file.left_out:
         notes.append(f"left out by language: {_counts(file.left_out)}")
-    counts = f"{len(file):,} conversations, {tokens:,} tokens, {loss_tokens:,} in the loss"
-    return "; ".join([f"{file.path}: {counts}", *notes])
+    head = f"{file.path}: {len(file):,} conversations, {tokens:,} tokens"
+    return "; ".join([f"{head}, {loss_tokens:,} in the loss", *notes])
 
 
 def _describe_rows(part: Part) -> str:
@@ -382,8 +382,8 @@ class HeldoutData:
             for whole, filled in zip(batch, self.part.fill(rows), strict=True):
                 whole[: len(rows)] = filled
             for b, row in enumerate(rows):
-                of_segment = [self.languages.index(name) for name in self.part.languages(row)]
-                language[b] = np.array([-1, *of_segment])[batch.segment_ids[b]]
+                indices = [-1, *map(self.languages.index, self.part.languages(row))]
+                language[b] = np.array(indices)[batch.segment_ids[b]]
             yield batch, language
 
 

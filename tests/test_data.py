@@ -170,6 +170,14 @@ def test_weights_are_exact_where_they_are_close(source, config):
     assert picks.count(1) == round(1.1 * train.parts[1].plan.rows) > picks.count(0)
 
 
+def test_the_order_is_the_same_on_every_machine_and_version():
+    """A run that is resumed elsewhere must go on with the rows that come next."""
+    picks = data_module._mixture([5, 3], [5, 6], seed=7)
+    assert "".join(f"{'ab'[picks[i][0]]}{picks[i][1]}" for i in range(22)) == (
+        "a4a0b1b0b0b2b1a1a3a2b2" + "b1a1a0b2b0a2a4b0b2a3b1"
+    )
+
+
 def test_the_report_counts_what_is_cut(source, config):
     data = config(source("a", 5, words=60))
     split = train_data(data, **CODEC, seed=0)
@@ -356,3 +364,5 @@ def test_unusable_sources_are_errors(source, config):
     for weight in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(DataError, match="weight must be more than 0"):
             train_data(config(source("a", 3, weight=weight)), **CODEC, seed=0)
+    with pytest.raises(DataError, match=r"batch_size must be 1 or more, not 0"):
+        train_data(config(source("a", 3), batch_size=0), **CODEC, seed=0)

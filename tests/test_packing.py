@@ -6,10 +6,13 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmzoo_jax.packing import PackingError, fill_rows, plan
+
+settings.register_profile("no deadline", deadline=None)  # the machine may be busy
+settings.load_profile("no deadline")
 
 lengths_and_size = st.tuples(
     st.lists(st.integers(2, 60), min_size=1, max_size=40), st.integers(1, 24)
