@@ -159,7 +159,6 @@ def facts_of(code: str, languages: dict[str, dict[str, Any]]) -> dict[str, list[
         name: [_fact(content, name, key, *content[name]["facts"][key]) for key in keys]
         for name, keys in FACTS.items()
     }
-    # A sum of each size, small and large, but no two with the same pair of numbers.
     sums = by_hash(itertools.product(range(1, 10), repeat=2), code, "sum")[:SUMS]
     facts["sum"] = [
         _fact(content, "sum", f"{a}+{b}", f"{a} + {b}", f"{a + b}{stop}") for a, b in sums
