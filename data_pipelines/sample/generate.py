@@ -133,6 +133,10 @@ def _texts(texts: Any, count: int | None, file: str, where: str, *slots: str) ->
         raise SampleError(f"{file}: {where}: expected {count} texts, found {len(texts)}")
     if len(set(texts)) < len(texts):
         raise SampleError(f"{file}: {where}: the same text twice")
+    # Else a held-out question would be a part of a trained one.
+    for a, b in itertools.permutations(texts, 2) if slots else ():
+        if a in b:
+            raise SampleError(f"{file}: {where}: {a!r} is a part of {b!r}")
     for text in texts:
         if not text or text != text.strip():
             raise SampleError(f"{file}: {where}: {text!r} is empty or has space around it")
