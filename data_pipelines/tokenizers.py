@@ -120,24 +120,27 @@ def train_sentencepiece(data: str | Path, vocab_size: int) -> bytes:
     return model.getvalue()
 
 
-_DATA = flags.DEFINE_string("data", None, "JSON Lines file of conversations.", required=True)
-_OUT = flags.DEFINE_string("out", None, "Folder to write; safe to run again.", required=True)
-_KIND = flags.DEFINE_enum("kind", "bpe", KINDS, "As BLOOM's (bpe) or as LLaMA's (sentencepiece).")
-_VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 8192, "Tokens, special ones included.")
+def define_flags() -> None:
+    """Not done at import, so that other programs can use this module and flags of these names."""
+    flags.DEFINE_string("data", None, "JSON Lines file of conversations.", required=True)
+    flags.DEFINE_string("out", None, "Folder to write; safe to run again.", required=True)
+    flags.DEFINE_enum("kind", "bpe", KINDS, "As BLOOM's (bpe) or as LLaMA's (sentencepiece).")
+    flags.DEFINE_integer("vocab_size", 8192, "Tokens, special ones included.")
 
 
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unknown argument {argv[1]!r}")
-    out, kind = Path(_OUT.value), _KIND.value
+    data, vocab_size = flags.FLAGS.data, flags.FLAGS.vocab_size
+    out, kind = Path(flags.FLAGS.out), flags.FLAGS.kind
     other = out / ("tokenizer.model" if kind == "bpe" else "tokenizer.json")
     if other.exists():
         sys.exit(f"error: {other} is a tokenizer of another kind; give another --out, or remove it")
     try:
         if kind == "bpe":
-            tokenizer = train_bpe(_DATA.value, _VOCAB_SIZE.value)
+            tokenizer = train_bpe(data, vocab_size)
         else:
-            model = train_sentencepiece(_DATA.value, _VOCAB_SIZE.value)
+            model = train_sentencepiece(data, vocab_size)
     except ValueError as error:  # ConversationError is one
         sys.exit(f"error: {error}")
     out.mkdir(parents=True, exist_ok=True)
@@ -152,4 +155,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    define_flags()
     app.run(main)

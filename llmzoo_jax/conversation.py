@@ -149,8 +149,9 @@ def from_dict(record: dict[str, Any], *, where: str) -> Conversation:
     turns = []
     for number, message in enumerate(messages, 1):
         message = _object(message, Message, f"{where}: turn {number}")
-        if missing := {"role", "content"} - message.keys():
-            raise ConversationError(f"{where}: turn {number} has no {' and no '.join(missing)}")
+        for key in ("role", "content"):
+            if key not in message:
+                raise ConversationError(f"{where}: turn {number} has no {key!r}")
         if not isinstance(message.get("train"), bool | None):
             raise ConversationError(f"{where}: turn {number}: 'train' must be true or false")
         turns.append(Message(**message))

@@ -330,23 +330,31 @@ def _tokenize(segments, messages, tokenizer, where) -> tuple[np.ndarray, np.ndar
     coded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     tokens = np.asarray(coded.input_ids, np.int32)
     spans = np.asarray(coded.offset_mapping, np.int64).reshape(-1, 2)
-    # Unknown: the unk token, but not its own name, as unk may also be eos (GPT-2) ...
+    # Lost: the unk token, but not its own name, as unk may also be eos (GPT-2); and what has no
+    # token at all where there is no unk, with which the spans would be wrong too.
     lost = [text[a:b] for a, b in spans[tokens == tokenizer.unk_token_id]]
-    lost = [characters for characters in lost if characters != tokenizer.unk_token]
-    # ... or, without unk, no token at all. Some tokenizers leave white space out of the spans; it
-    # belongs to the token after it.
-    ends = np.concatenate([[0], np.maximum.accumulate(spans[:, 1])])
-    starts = np.append(spans[:, 0], len(text))
-    gaps = (text[ends[i] : starts[i]] for i in np.flatnonzero(starts > ends))
-    lost += [gap for gap in gaps if gap.strip()]
+    lost = [unknown for unknown in lost if unknown != tokenizer.unk_token]
+    characters = sorted(set().union(*(message.content for message in messages)))
+    lost += [c for c in characters if not _has_tokens(tokenizer, len(tokenizer), c)]
     if lost:
         turns = [n for n, message in enumerate(messages, 1) if lost[0] in message.content]
         at = (f"{where}: " if where else "") + (f"turn {turns[0]}: " if turns else "")
         raise ConversationError(
             f"{at}the tokenizer cannot represent {lost[0]!r}; remove it, or drop the conversation"
         )
-    spans[:, 0] = np.minimum(spans[:, 0], ends[:-1])
+    if len(spans):  # some tokenizers leave white space out: it belongs to the token after it
+        spans[1:, 0] = np.minimum(spans[1:, 0], np.maximum.accumulate(spans[:-1, 1]))
+        spans[0, 0] = 0
     return tokens, spans
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _has_tokens(tokenizer: Any, size: int, character: str) -> bool:
+    """Whether a character that is no white space has tokens, all of its bytes included."""
+    if character.isspace() or character == "\ufffd":
+        return True
+    tokens = tokenizer(character, add_special_tokens=False).input_ids
+    return bool(tokens) and "\ufffd" not in tokenizer.decode(tokens)
 
 
 def fingerprint(tokenizer: Any, chat_format: ChatFormat) -> str:
