@@ -20,8 +20,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from llmzoo_jax import models
 from llmzoo_jax import config as configs
+from llmzoo_jax import models
+from llmzoo_jax.cli import InputError
 from llmzoo_jax.config import Config, ModelConfig
 from llmzoo_jax.sharding import named_leaves, tree_shardings
 from llmzoo_jax.step import TrainState
@@ -40,7 +41,7 @@ FREE_KEYS = (
 )
 
 
-class RunError(RuntimeError):
+class RunError(InputError):
     """A run folder can't be used; the message names it and says what to do."""
 
 

@@ -2,7 +2,7 @@
 
 A config file is a Python file with ``get_config() -> Config`` (or ``get_config(arg)``, for
 ``--config=FILE:arg``). Every field can be overridden as ``--config.optim.learning_rate=1e-5``.
-Standard library only: reading a config touches no device and imports no JAX.
+Reading a config touches no device and imports no JAX.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from llmzoo_jax.cli import InputError
 
-class ConfigError(ValueError):
+
+class ConfigError(InputError):
     """A config file, key or value is wrong; the message names it and says what to do."""
 
 
@@ -98,10 +100,10 @@ class ComputeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """One file of conversations (JSON Lines, see ``conversation.py``) and its share of the rows."""
+    """One file of conversations (JSON Lines, see ``conversation.py``)."""
 
     path: str
-    weight: float = 1.0
+    weight: float = 1.0  # passes over it in an epoch; 0.5: each row comes once in two epochs
 
 
 @dataclass(frozen=True, kw_only=True)

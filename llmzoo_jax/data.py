@@ -24,6 +24,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from tqdm import tqdm
 
+from llmzoo_jax.cli import InputError
 from llmzoo_jax.config import DataConfig, Source
 from llmzoo_jax.conversation import Conversation, read_jsonl
 from llmzoo_jax.packing import Batch, PackingError, Plan, empty_rows, fill_rows, plan
@@ -32,7 +33,7 @@ from llmzoo_jax.tokenizer import encode, fingerprint
 CACHE_VERSION = 1  # of the layout of a cache folder; raise it with any change of tokenise()
 
 
-class DataError(ValueError):
+class DataError(InputError):
     """A data file or its share of the mixture is unusable; the message names it."""
 
 

@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from llmzoo_jax import models
+from llmzoo_jax.cli import InputError
 from llmzoo_jax.config import BloomConfig, LlamaConfig, ModelConfig, RopeConfig
 from llmzoo_jax.sharding import named_leaves
 
@@ -104,7 +105,7 @@ FIXED_KEYS: dict[str, tuple[Any, ...]] = {
 }
 
 
-class CheckpointError(ValueError):
+class CheckpointError(InputError):
     """A Hugging Face folder does not hold what it should; the message names file, key or tensor."""
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from llmzoo_jax.cli import InputError
 from llmzoo_jax.config import MeshConfig
 
 AXES = ("replica", "fsdp", "tensor", "sequence")
@@ -36,7 +37,7 @@ RULES: dict[str, tuple[str, ...]] = {
 }
 
 
-class ShardingError(ValueError):
+class ShardingError(InputError):
     """A mesh or a parameter can't be laid out as asked; the message names the axis."""
 
 

@@ -1,0 +1,114 @@
+"""What a run writes for people: metrics.jsonl, TensorBoard, loss.png, lines on the console."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+
+class MetricsLog:
+    """Appends records ``{"step": ..., name: number}`` to metrics.jsonl and TensorBoard.
+
+    A run that resumes at ``start_step`` first takes back what was written after it, so that each
+    step stands there once.
+    """
+
+    def __init__(self, run_dir: str | Path, *, start_step: int):
+        self.path = Path(run_dir) / "metrics.jsonl"
+        self._keep_up_to(start_step)
+        self._file = self.path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(
+            str(Path(run_dir) / "tensorboard"), purge_step=start_step + 1, write_to_disk=True
+        )
+
+    def _keep_up_to(self, step: int) -> None:
+        if not self.path.is_file():
+            return
+        records = [r for r in read(self.path.parent) if r["step"] <= step]
+        part = self.path.with_name(self.path.name + ".part")
+        part.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+        os.replace(part, self.path)
+
+    def write(self, step: int, **values: Any) -> None:
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            group = {name: value} if not isinstance(value, dict) else value
+            for key, number in group.items():
+                tag = name if key == name else f"{name}/{key}"
+                self._board.add_scalar(tag, number, step)
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()
+
+
+def read(run_dir: str | Path) -> list[dict[str, Any]]:
+    """The records of metrics.jsonl. A last line that was cut off by a kill is left out."""
+    records = []
+    for line in (Path(run_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines(True):
+        if line.endswith("\n"):
+            records.append(json.loads(line))
+    return records
+
+
+def say(text: str) -> None:
+    """A line on the console, above a progress bar if there is one."""
+    tqdm.write(text)
+
+
+def by_language(
+    losses: np.ndarray, mask: np.ndarray, language: np.ndarray, names: list[str]
+) -> dict[str, tuple[float, int]]:
+    """``{language: (sum of losses, loss tokens)}`` of a batch ``[B,T]``; language -1 is padding."""
+    index = language[mask]
+    sums = np.bincount(index, losses[mask].astype(np.float64), minlength=len(names))
+    counts = np.bincount(index, minlength=len(names))
+    return {name: (float(sums[i]), int(counts[i])) for i, name in enumerate(names) if counts[i]}
+
+
+def plot(run_dir: str | Path, *, title: str) -> Path | None:
+    """Draws loss.png from metrics.jsonl: training and held-out loss by step, and the newest
+    held-out loss by language. None where there is nothing to draw yet."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    records = read(run_dir)
+    train = [(r["step"], r["loss"]) for r in records if "loss" in r]
+    held = [(r["step"], r["heldout_loss"]) for r in records if "heldout_loss" in r]
+    languages = [r["heldout_by_language"] for r in records if r.get("heldout_by_language")]
+    if not train:
+        return None
+    figure, axes = plt.subplots(
+        1, 2 if languages else 1, figsize=(11 if languages else 6.5, 4.2), squeeze=False, dpi=120
+    )
+    left = axes[0, 0]
+    left.plot(*zip(*train, strict=True), label="training", color="#9aa5b1", linewidth=1.3)
+    if held:
+        left.plot(*zip(*held, strict=True), "o-", label="held out", color="#c2410c", markersize=4)
+    left.set(xlabel="step", ylabel="loss (nats a token)", title=title)
+    left.set_ylim(bottom=0)
+    left.legend(frameon=False)
+    left.grid(alpha=0.25)
+    if languages:
+        right = axes[0, 1]
+        items = sorted(languages[-1].items(), key=lambda item: -item[1])
+        right.barh([name for name, _ in items], [loss for _, loss in items], color="#c2410c")
+        right.set(xlabel="loss (nats a token)", title="held out, by language")
+        right.tick_params(axis="y", labelsize=8)
+        right.grid(alpha=0.25, axis="x")
+    figure.tight_layout()
+    path = Path(run_dir) / "loss.png"
+    part = path.with_name("loss.part.png")
+    figure.savefig(part)
+    plt.close(figure)
+    os.replace(part, path)
+    return path
