@@ -1,0 +1,245 @@
+"""Batched decoding with a key/value cache: greedy and sampled. Token ids in, token ids out.
+
+The prompts are prefilled in one call, padded to a bucket; then windows of ``WINDOW`` steps run on
+the device (``lax.while_loop``), and between them the host looks for stop strings. A row's tokens
+depend on its prompt, its parameters and its seed, not on its batch-mates.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from llmzoo_jax import models
+from llmzoo_jax.cli import InputError
+from llmzoo_jax.models import KVCache
+
+WINDOW = 16  # tokens decoded in one call; a stop string is noticed at its end
+BUCKET = 64  # prompts and caches are padded to this times a power of two: few compilations
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How tokens are chosen. Temperature 0 is greedy; the filters apply in HF's order:
+    temperature, top-k, top-p. ``top_k`` 0 and ``top_p`` 1 are off."""
+
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self):
+        for name, good in (
+            ("max_new_tokens", self.max_new_tokens >= 1),
+            ("temperature", self.temperature >= 0),
+            ("top_k", self.top_k >= 0),
+            ("top_p", 0 < self.top_p <= 1),
+            ("seed", 0 <= self.seed < 2**32),
+        ):
+            if not good:
+                raise InputError(f"{name}={getattr(self, name)} is out of range")
+
+
+@dataclass(frozen=True)
+class Generated:
+    """One row: the new tokens, without the stop token, and why they end: "stop" or "length"."""
+
+    tokens: list[int]
+    finish_reason: str
+
+
+class DecodeState(NamedTuple):
+    """What a window of decode steps carries. B rows, S cache slots, M new tokens at most."""
+
+    tokens: jax.Array  # int32[B,M], the new tokens so far
+    count: jax.Array  # int32, how many there are (the same for all rows)
+    last: jax.Array  # int32[B], the newest token, not in the cache yet
+    positions: jax.Array  # int32[B], where it goes in the cache
+    done: jax.Array  # bool[B], a stop token came
+    kv_cache: KVCache
+
+
+def generate(
+    model: nnx.Module,
+    prompts: Sequence[Sequence[int]],
+    *,
+    sampling: Sampling,
+    stop_ids: Sequence[int] = (),
+    stopped: Callable[[list[int]], bool] | None = None,
+    on_tokens: Callable[[int, list[int]], None] | None = None,
+    dtype: str = "float32",
+) -> list[Generated]:
+    """Continues ``prompts`` (lists of token ids, of any lengths) as one batch.
+
+    ``stopped(new tokens of a row)`` is asked after every window whether the row has ended, for
+    example because its text has a stop string. ``on_tokens(row, tokens so far)`` is called after
+    every window, for streaming. Row i samples with the seed ``sampling.seed + i``.
+    """
+    lengths = [len(prompt) for prompt in prompts]
+    if not prompts or 0 in lengths:
+        raise InputError("generate: every prompt needs at least one token")
+    B, M = len(prompts), sampling.max_new_tokens
+    T = _bucket(max(lengths))
+    slots = _bucket(max(lengths) + M + 1)
+    tokens = np.zeros((B, T), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    seeds = (sampling.seed + np.arange(B)).astype(np.uint32)
+    params = _Params(
+        jnp.float32(sampling.temperature), jnp.int32(sampling.top_k), jnp.float32(sampling.top_p)
+    )
+    filters = sampling.temperature > 0 and (sampling.top_k > 0 or sampling.top_p < 1)
+    mode = "greedy" if sampling.temperature == 0 else "filtered" if filters else "sampled"
+    stops = np.asarray(sorted(set(stop_ids)) or [-1], np.int32)
+    state = _prefill(
+        model, tokens, np.asarray(lengths, np.int32), seeds, params, stops,
+        slots=slots, new=_bucket(M), mode=mode, dtype=dtype,
+    )  # fmt: skip
+    ended = [False] * B
+    while True:
+        count = int(state.count)
+        new, done = np.asarray(state.tokens[:, :count]), np.asarray(state.done)
+        rows = [_until_stop(row, stops) for row in new.tolist()]
+        for i, row in enumerate(rows):
+            if ended[i]:
+                continue
+            if on_tokens is not None:
+                on_tokens(i, row[:M])
+            ended[i] = bool(done[i]) or (stopped is not None and stopped(row))
+        if all(ended) or count >= M:
+            break
+        state = _decode_window(
+            model, state._replace(done=jnp.asarray(ended)), seeds, params, stops,
+            limit=min(count + WINDOW, M), mode=mode, dtype=dtype,
+        )  # fmt: skip
+    return [Generated(row[:M], "stop" if ended[i] else "length") for i, row in enumerate(rows)]
+
+
+def _bucket(n: int) -> int:
+    size = BUCKET
+    while size < n:
+        size *= 2
+    return size
+
+
+def _until_stop(row: list[int], stops: np.ndarray) -> list[int]:
+    for i, token in enumerate(row):
+        if token in stops:
+            return row[:i]
+    return row
+
+
+# --- on the device ------------------------------------------------------------------------------
+
+
+class _Params(NamedTuple):
+    temperature: jax.Array
+    top_k: jax.Array
+    top_p: jax.Array
+
+
+@functools.partial(jax.jit, static_argnames=("slots", "new", "mode", "dtype"))
+def _prefill(
+    model, tokens, lengths, seeds, params, stops, *, slots: int, new: int, mode: str, dtype: str
+) -> DecodeState:
+    """Fills the cache with ``tokens[B,T]`` (right-padded) and chooses the first new token. What
+    the padding writes into the cache lies behind every query until a token overwrites it."""
+    B, T = tokens.shape
+    cache = models.init_cache(
+        model.config, B, slots, dtype=jnp.dtype(dtype), unrolled=isinstance(model.blocks, tuple)
+    )
+    positions = jnp.broadcast_to(jnp.arange(T), (B, T))
+    mask = models.cache_mask(positions, slots)
+    hidden, cache = model.hidden(tokens, mask, positions, kv_cache=cache, dtype=jnp.dtype(dtype))
+    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]  # [B,D]
+    chosen = choose(model.logits(last), seeds, lengths, params, mode=mode)
+    return DecodeState(
+        tokens=jnp.zeros((B, new), jnp.int32).at[:, 0].set(chosen),
+        count=jnp.int32(1),
+        last=chosen,
+        positions=lengths,
+        done=(chosen[:, None] == stops).any(-1),
+        kv_cache=cache,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("mode", "dtype"), donate_argnames=("state",))
+def _decode_window(
+    model, state: DecodeState, seeds, params, stops, *, limit, mode: str, dtype: str
+) -> DecodeState:
+    """Decodes until ``state.count`` is ``limit`` or every row is done."""
+    slots = jax.tree.leaves(state.kv_cache)[0].shape[-3]
+
+    def step(state: DecodeState) -> DecodeState:
+        positions = state.positions[:, None]  # [B,1]
+        hidden, cache = model.hidden(
+            state.last[:, None],
+            models.cache_mask(positions, slots),
+            positions,
+            kv_cache=state.kv_cache,
+            dtype=jnp.dtype(dtype),
+        )
+        positions = state.positions + 1
+        chosen = choose(model.logits(hidden[:, 0]), seeds, positions, params, mode=mode)
+        return DecodeState(
+            tokens=jax.lax.dynamic_update_slice(state.tokens, chosen[:, None], (0, state.count)),
+            count=state.count + 1,
+            last=chosen,
+            positions=positions,
+            done=state.done | (chosen[:, None] == stops).any(-1),
+            kv_cache=cache,
+        )
+
+    return jax.lax.while_loop(lambda s: (s.count < limit) & ~s.done.all(), step, state)
+
+
+def choose(logits, seeds, positions, params: _Params, *, mode: str) -> jax.Array:
+    """The next token of each row, int32[B], from float32 ``logits[B,V]``.
+
+    ``mode`` is "greedy", "sampled" or "filtered" (top-k and top-p). The key of a draw is made from
+    the row's seed and the position of the drawn token, so it does not depend on the batch.
+    """
+    if mode == "greedy":
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = logits / params.temperature
+    if mode == "filtered":
+        logits = filter_logits(logits, params.top_k, params.top_p)
+
+    def draw(seed, position, row):
+        return jax.random.categorical(jax.random.fold_in(jax.random.key(seed), position), row)
+
+    return jax.vmap(draw)(seeds, positions, logits).astype(jnp.int32)
+
+
+def filter_logits(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
+    """-inf for what top-k and then top-p leave out, as HF's ``TopKLogitsWarper`` and
+    ``TopPLogitsWarper``: the smallest set of most likely tokens whose probability reaches
+    ``top_p``; tokens tied with the k-th stay. ``logits[B,V]``."""
+    V = logits.shape[-1]
+    ranked = jnp.sort(logits, axis=-1)[:, ::-1]
+    k = jnp.where(top_k > 0, jnp.minimum(top_k, V), V)
+    kth = jnp.take_along_axis(ranked, jnp.broadcast_to(k - 1, (len(logits), 1)), axis=-1)
+    logits = jnp.where(logits < kth, -jnp.inf, logits)
+    ranked = jnp.where(ranked < kth, -jnp.inf, ranked)
+    probabilities = jax.nn.softmax(ranked, axis=-1)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities  # of all that are more likely
+    least = jnp.where(before < top_p, ranked, jnp.inf).min(axis=-1, keepdims=True)
+    return jnp.where(logits < least, -jnp.inf, logits)
+
+
+def prepare(model: nnx.Module) -> Any:
+    """The model in the form that decodes fastest here: one block a layer on a CPU, where a scan
+    would copy each layer's weights out of the stack for every token; stacked elsewhere."""
+    if jax.default_backend() != "cpu" or isinstance(model.blocks, tuple):
+        return model
+    unstacked = nnx.merge(*nnx.split(model))  # the same arrays in a new object
+    unstacked.blocks = nnx.data(models.unstack(model.blocks))
+    return unstacked
