@@ -32,6 +32,7 @@ from llmzoo_jax.conversation import (
     check_messages,
     render,
 )
+from llmzoo_jax.llama_tokenizer import from_sentencepiece
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Example:
 
 
 def load_tokenizer(path: str | Path) -> Any:
-    """A transformers fast tokenizer from a folder, or from a SentencePiece ``tokenizer.model``.
+    """A transformers fast tokenizer from a folder, or from the path of a ``tokenizer.model``.
 
     ``tokenizer.json`` is taken as it is, whatever class ``tokenizer_config.json`` names: some of
     the classes of transformers 5 rebuild the tokenizer by rules of their own (LlamaTokenizer drops
@@ -59,7 +60,7 @@ def load_tokenizer(path: str | Path) -> Any:
     if path.is_file() and path.suffix == ".json":
         path = path.parent
     if path.is_file():
-        return _from_sentencepiece(path)
+        return from_sentencepiece(path)
     if not path.is_dir():
         raise ValueError(
             f"tokenizer: no folder or file {str(path)!r}; give a folder that has a tokenizer.json"
@@ -73,71 +74,11 @@ def load_tokenizer(path: str | Path) -> Any:
                 f"tokenizer: cannot read {path / 'tokenizer.json'}: {error}"
             ) from error
     if (path / "tokenizer.model").is_file():
-        return _from_sentencepiece(path / "tokenizer.model")
+        return from_sentencepiece(path / "tokenizer.model")
     names = ", ".join(sorted(p.name for p in path.iterdir())[:20]) or "nothing"
     raise ValueError(
         f"tokenizer: {path} has no tokenizer.json and no tokenizer.model (it has {names});"
         " convert a slow tokenizer first: AutoTokenizer.from_pretrained(...).save_pretrained(...)"
-    )
-
-
-def _from_sentencepiece(path: Path) -> Any:
-    """LLaMA 1 and 2's BPE with byte fallback, as the fast tokenizer that Hugging Face ships.
-
-    A space is put before the text that follows each special token, as LLaMA's tokenizer did when
-    LLM Zoo was trained (``legacy=True``), and BOS comes first.
-    """
-    from sentencepiece import sentencepiece_model_pb2
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    def refuse(why: str) -> ValueError:
-        return ValueError(
-            f"tokenizer: {path} {why}; only LLaMA-style SentencePiece models are converted here."
-            " Put a tokenizer.json beside it"
-        )
-
-    proto = sentencepiece_model_pb2.ModelProto()
-    try:
-        proto.ParseFromString(path.read_bytes())
-    except Exception as error:
-        raise refuse(f"is no SentencePiece model ({error}); Llama 3's is not one") from error
-    normal, trained = proto.normalizer_spec, proto.trainer_spec
-    specials = [p.piece for p in proto.pieces[:3]]
-    if specials != ["<unk>", "<s>", "</s>"]:
-        raise refuse(f"begins with {specials}, not <unk> <s> </s>")
-    if trained.model_type != trained.BPE or not trained.byte_fallback:
-        raise refuse("is no BPE model with byte fallback")
-    if normal.precompiled_charsmap or normal.remove_extra_whitespaces:
-        raise refuse(f"normalises text ({normal.name})")
-    if not normal.add_dummy_prefix or any(p.type == p.USER_DEFINED for p in proto.pieces):
-        raise refuse("has no dummy prefix, or has user-defined pieces")
-
-    # SentencePiece joins the pair whose joined piece has the best score (tokenizers: the first of
-    # the merges). Byte and special pieces are never joined.
-    vocab = {piece.piece: i for i, piece in enumerate(proto.pieces)}
-    normals = {piece.piece: piece.score for piece in proto.pieces if piece.type == piece.NORMAL}
-    merges = [
-        (-score, vocab[text], -cut, text[:cut], text[cut:])
-        for text, score in normals.items()
-        for cut in range(1, len(text))
-        if text[:cut] in normals and text[cut:] in normals
-    ]
-    merges = [(left, right) for *_, left, right in sorted(merges)]
-    backend = Tokenizer(
-        models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
-    )
-    backend.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in specials])
-    spaces = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-    backend.normalizer = normalizers.Sequence(spaces)
-    text = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    backend.decoder = decoders.Sequence([*text, decoders.Strip(content=" ", left=1)])
-    backend.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A <s>:1 $B:1", special_tokens=[("<s>", vocab["<s>"])]
-    )
-    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, clean_up_tokenization_spaces=False, **names
     )
 
 
@@ -176,13 +117,23 @@ def resolve_format(name: str, tokenizer: Any) -> ChatFormat:
     chat_format = FORMATS[name]
     for token in chat_format.special_tokens:
         _check_token(token, tokenizer, name)
-    bos = tokenizer.bos_token
-    first = tokenizer("x").input_ids[:1]
-    start = render([Message("user", "x")], chat_format)[0].text
-    if bos is not None and first == [tokenizer.bos_token_id] and not start.startswith(bos):
-        _check_token(bos, tokenizer, name)
-        chat_format = dataclasses.replace(chat_format, begin=bos)
+    begin = _added_before(tokenizer)
+    start = "".join(s.text for s in render([Message("user", "x")], chat_format))
+    if begin and not start.startswith(begin):
+        _check_token(begin, tokenizer, name)
+        chat_format = dataclasses.replace(chat_format, begin=begin)
     return chat_format
+
+
+def _added_before(tokenizer: Any) -> str:
+    """What the tokenizer puts before a text by itself: BOS or nothing.
+
+    Found by trying: ``bos_token`` and ``add_bos_token`` may be missing from a folder.
+    """
+    bare = tokenizer("x", add_special_tokens=False).input_ids
+    full = tokenizer("x").input_ids
+    starts = (i for i in range(len(full)) if full[i : i + len(bare)] == bare)
+    return "".join(tokenizer.convert_ids_to_tokens(full[: next(starts, 0)]))
 
 
 def _check_token(token: str, tokenizer: Any, name: str) -> None:
@@ -278,6 +229,10 @@ def encode(
     conversation: Conversation, *, tokenizer: Any, chat_format: ChatFormat, where: str = ""
 ) -> Example:
     """The tokens of a conversation; those that overlap trained text are targets of the loss.
+
+    They begin with the tokens of ``encode_prompt`` for the history of each answer. (In the formats
+    alpaca and chatml, whose prompts end in plain text, an answer that begins with a punctuation
+    mark or white space may share a token with the prompt's end, as in the originals.)
 
     Raises ConversationError, beginning with ``where`` and naming the turn, for messages that are
     out of order, contain a special token of the tokenizer, or have text that it cannot represent.

@@ -1,9 +1,7 @@
-"""Tokens and loss masks: exact spans in every script, one text for training, serving and jinja."""
+"""Tokens and loss masks: exact in every script, for both kinds of tokenizer."""
 
 import dataclasses
 import functools
-import io
-import itertools
 import json
 import re
 import subprocess
@@ -14,340 +12,35 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
-from data_pipelines.tokenizers import train_bpe, train_sentencepiece
+from data_pipelines.tokenizers import train_bpe
 from llmzoo_jax.conversation import (
     FORMATS,
     Conversation,
     ConversationError,
     Message,
-    chat_template,
     render,
-    write_jsonl,
 )
 from llmzoo_jax.tokenizer import (
     Example,
     encode,
     encode_prompt,
     fingerprint,
-    load_tokenizer,
     resolve_format,
     save_tokenizer,
     show,
 )
-from tests.test_conversation import conversations
-
-SENTENCES = (
-    "The quick brown fox jumps over the lazy dog, 1234 times.\n\n  Indented line;\ttab.",
-    "敏捷的棕色狐狸跳过了懒狗。你好，世界！今天天气怎么样？",
-    "素早い茶色の狐がのろまな犬を飛び越える。",
-    "다람쥐 헌 쳇바퀴에 타고파. 안녕하세요?",
-    "เป็นมนุษย์สุดประเสริฐเลิศคุณค่า กว่าบรรดาฝูงสัตว์เดรัจฉาน",
-    "نص حكيم له سر قاطع وذو شأن عظيم مكتوب على ثوب أخضر",
-    "ऋषियों को सताने वाले दुष्ट राक्षसों के राजा रावण का सर्वनाश",
-    "Съешь же ещё этих мягких французских булок, да выпей чаю.",
-    "Victor jagt zwölf Boxkämpfer quer über den großen Sylter Deich.",
-    "👩‍👩‍👧‍👦 👍🏽 🇹🇭 e\u0301 \u200d zero\u200bwidth ﷽ 𠮷",
-)
-TEXTS = st.one_of(
-    st.lists(st.sampled_from("".join(SENTENCES)), min_size=1, max_size=12).map("".join),
-    st.text(st.characters(codec="utf-8"), min_size=1, max_size=12),
-).filter(lambda text: text.strip() and not re.search(r"</?s>|<unk>|<\|", text))
+from tests.tiny_tokenizers import KINDS, SENTENCES, TEXTS, conversation, data, tiny
 
 
-def conversation(*contents, system=None, **names):
-    roles = ("user", "assistant")
-    messages = [Message(roles[i % 2], content) for i, content in enumerate(contents)]
-    start = [Message("system", system)] if system else []
-    return Conversation(messages=(*start, *messages), **names)
+@pytest.fixture(params=KINDS)
+def tokenizer(request):
+    return tiny(request.param)
 
 
-@pytest.fixture(scope="session")
-def data(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "train.jsonl"
-    pairs = [(a, b) for a in SENTENCES for b in SENTENCES]
-    write_jsonl(path, [conversation(a, b, id=str(i)) for i, (a, b) in enumerate(pairs)])
-    return path
-
-
-@pytest.fixture(scope="session")
-def tokenizers(data, tmp_path_factory):
-    """bpe: as BLOOM's. sentencepiece: as LLaMA's. Both know the tokens of every format."""
-    path = tmp_path_factory.mktemp("sentencepiece") / "tokenizer.model"
-    path.write_bytes(train_sentencepiece(data, 700))
-    made = {"bpe": train_bpe(data, 600), "sentencepiece": load_tokenizer(path)}
-    for tokenizer in made.values():
-        more = {t for f in FORMATS.values() for t in f.special_tokens} - {"<s>", "</s>"}
-        tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in sorted(more)])
-    return made
-
-
-@pytest.fixture(scope="session", params=["bpe", "sentencepiece"])
-def tokenizer(request, tokenizers):
-    return tokenizers[request.param]
-
-
-CASES = [(kind, name) for kind in ("bpe", "sentencepiece") for name in FORMATS]
-
-
-# --- loading ------------------------------------------------------------------------------------
-
-
-def test_a_sentencepiece_model_loads_from_its_path_and_from_a_folder_that_has_only_it(
-    data, tmp_path
-):
-    (tmp_path / "tokenizer.model").write_bytes(train_sentencepiece(data, 700))
-    for path in (tmp_path, str(tmp_path), tmp_path / "tokenizer.model"):
-        tokenizer = load_tokenizer(path)
-        assert tokenizer.convert_ids_to_tokens([0, 1, 2]) == ["<unk>", "<s>", "</s>"]
-        assert tokenizer("x").input_ids[0] == tokenizer.bos_token_id == 1
-        assert tokenizer.eos_token_id == 2 and tokenizer.pad_token is None
-        for text in SENTENCES:
-            ids = tokenizer(text, add_special_tokens=False).input_ids
-            assert tokenizer.decode(ids, skip_special_tokens=True) == text
-
-
-def test_a_converted_model_gives_the_ids_of_the_sentencepiece_library(data):
-    import sentencepiece
-
-    model = train_sentencepiece(data, 900)
-    theirs = sentencepiece.SentencePieceProcessor(model_proto=model)
-    ours = _sentencepiece_tokenizer(model)
-
-    def expected(text):  # LLaMA's: what stands between special tokens is a text of its own
-        pieces = re.split("(<unk>|<s>|</s>)", text)
-        ids = [[theirs.piece_to_id(p)] if i % 2 else theirs.encode(p) for i, p in enumerate(pieces)]
-        return list(itertools.chain.from_iterable(ids))
-
-    parts = st.one_of(
-        TEXTS, st.sampled_from(["<s>", "</s>", "<unk>", "  ", "\n", "▁", "aaaa", "<0x41>"])
-    )
-
-    @settings(max_examples=400, deadline=None)
-    @given(st.lists(parts, max_size=8).map("".join))
-    def same(text):
-        assert ours(text, add_special_tokens=False).input_ids == expected(text)
-
-    same()
-    for text in (*SENTENCES, "Assistant: <s>" + "</s>Human: <s>".join(SENTENCES)):
-        assert ours(text, add_special_tokens=False).input_ids == expected(text)
-
-
-def _sentencepiece_tokenizer(model):
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "tokenizer.model").write_bytes(model)
-        return load_tokenizer(folder)
-
-
-def test_a_saved_tokenizer_is_the_same_for_us_and_for_auto_tokenizer(tokenizer, tmp_path):
-    chat_format = resolve_format("phoenix", tokenizer)
-    save_tokenizer(tokenizer, tmp_path, chat_format=chat_format)
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    ours, theirs = load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
-    assert tokenizer.chat_template is None
-    config = json.loads((tmp_path / "tokenizer_config.json").read_text("utf-8"))
-    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
-    assert config["chat_template"] == chat_template(chat_format) == theirs.chat_template
-    for text in (*SENTENCES, "<s>" + "</s><s> ".join(SENTENCES)):
-        expected = tokenizer(text).input_ids
-        assert ours(text).input_ids == theirs(text).input_ids == expected
-    assert fingerprint(ours, chat_format) == fingerprint(tokenizer, chat_format)
-
-
-def test_a_tokenizer_that_cannot_be_loaded_says_what_was_looked_for(data, tmp_path):
-    def fails(path, *says):
-        with pytest.raises(ValueError) as error:
-            load_tokenizer(path)
-        assert all(word in str(error.value) for word in (str(path), *says)), str(error.value)
-
-    fails(tmp_path / "none", "no folder or file", "tokenizer.json", "tokenizer.model")
-    fails(tmp_path, "no tokenizer.json and no tokenizer.model", "it has nothing")
-    (tmp_path / "vocab.txt").write_text("a")
-    fails(tmp_path, "it has vocab.txt", "convert a slow tokenizer first")
-    model = tmp_path / "tokenizer.model"
-    model.write_text("IQ== 0\nIg== 1\n")  # Llama 3's form
-    fails(model, "SentencePiece", "tokenizer.json")
-    model.write_bytes(_train_other(model_type="unigram"))
-    fails(model, "is no BPE model with byte fallback")
-    model.write_bytes(_train_other(normalization_rule_name="nmt_nfkc"))
-    fails(model, "normalises text (nmt_nfkc)")
-    model.write_bytes(_train_other(bos_id=2, eos_id=1))
-    fails(model, "begins with ['<unk>', '</s>', '<s>']")
-    model.write_bytes(_train_other(user_defined_symbols=["<x>"]))
-    fails(model, "user-defined")
-    (tmp_path / "tokenizer.json").write_text("{")
-    fails(tmp_path, "cannot read")
-
-
-def _train_other(**options):
-    import sentencepiece
-
-    options = {
-        "model_type": "bpe",
-        "byte_fallback": True,
-        "vocab_size": 300,
-        "normalization_rule_name": "identity",
-        "remove_extra_whitespaces": False,
-        "hard_vocab_limit": False,
-        "minloglevel": 4,
-    } | options
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(SENTENCES[:1] * 9), model_writer=model, **options
-    )
-    return model.getvalue()
-
-
-# --- formats on a tokenizer ---------------------------------------------------------------------
-
-
-def test_bos_comes_first_where_the_tokenizer_puts_it_first(tokenizers):
-    for name in FORMATS:
-        assert resolve_format(name, tokenizers["bpe"]).begin == ""
-        begin = resolve_format(name, tokenizers["sentencepiece"]).begin
-        assert begin == ("" if name == "llama-2" else "<s>")  # llama-2 writes it itself
-
-
-def test_an_unknown_format_suggests_one_and_a_missing_token_is_named(tokenizers, data):
-    with pytest.raises(ValueError, match="unknown chat format 'phenix'; did you mean 'phoenix'"):
-        resolve_format("phenix", tokenizers["bpe"])
-    with pytest.raises(ValueError, match=r"There are phoenix, alpaca.*, tokenizer"):
-        resolve_format("zzzz", tokenizers["bpe"])
-    plain = train_bpe(data, 300)
-    for name, token in (("chatml", "<|im_start|>"), ("llama-3", "<|start_header_id|>")):
-        with pytest.raises(ValueError, match=f"{name}.*needs '{re.escape(token)}' as one token"):
-            resolve_format(name, plain)
-    with pytest.raises(ValueError, match="it has none; use one of phoenix"):
-        resolve_format("tokenizer", plain)
-
-
-def dicts(messages):
-    return [{"role": m.role, "content": m.content} for m in messages]
-
-
-@pytest.mark.parametrize(("kind", "name"), CASES)
-def test_apply_chat_template_gives_the_same_text_and_the_same_ids(tokenizers, kind, name):
-    tokenizer = tokenizers[kind]
-    chat_format = resolve_format(name, tokenizer)
-    apply = functools.partial(
-        tokenizer.apply_chat_template, chat_template=chat_template(chat_format)
-    )
-
-    @settings(max_examples=40, deadline=None)
-    @given(conversations(tools=chat_format.tool is not None))
-    def same(conversation):
-        messages = conversation.messages
-        for history, prompt in ((messages, False), (messages[:-1], True)):
-            text = "".join(s.text for s in render(history, chat_format, generation_prompt=prompt))
-            theirs = apply(dicts(history), tokenize=False, add_generation_prompt=prompt)
-            assert theirs == text
-
-    same()
-    for system in (None, "Sei still.", " \n'quoted' \\n {{ x }} {% if %} "):
-        example = conversation(*SENTENCES, system=system)
-        ours = encode(example, tokenizer=tokenizer, chat_format=chat_format).tokens.tolist()
-        theirs = apply(dicts(example.messages), tokenize=True, return_dict=True).input_ids
-        assert theirs == ours
-        history = example.messages[:-1]
-        ours = encode_prompt(history, tokenizer=tokenizer, chat_format=chat_format)
-        theirs = apply(dicts(history), add_generation_prompt=True, return_dict=True).input_ids
-        assert theirs == ours
-
-
-def test_the_template_refuses_what_the_format_cannot_write(tokenizers):
-    import jinja2
-
-    tool = [Message("user", "x"), Message("assistant", "y"), Message("tool", "z")]
-    odd = [Message("system", "s"), Message("assistant", "y")]
-    for name, messages in (("phoenix", tool), ("llama-2", tool), ("llama-2", odd)):
-        with pytest.raises(ConversationError, match="cannot write a turn of the"):
-            render(messages, FORMATS[name])
-        with pytest.raises(jinja2.TemplateError, match="cannot write a turn of the"):
-            tokenizers["bpe"].apply_chat_template(
-                dicts(messages), chat_template=chat_template(FORMATS[name])
-            )
-
-
-# --- the tokenizer's own template ---------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("kind", "name"), CASES)
-def test_a_checkpoints_own_template_gives_the_same_tokens_and_masks(tokenizers, kind, name):
-    tokenizer = tokenizers[kind]
-    ours = resolve_format(name, tokenizer)
-    if name == "phoenix":  # a template cannot say that the end of its prompt is trained
-        ours = dataclasses.replace(ours, trained=("", "</s>"))
-    tokenizer.chat_template = chat_template(ours)
-    try:
-        own = resolve_format("tokenizer", tokenizer)
-    finally:
-        tokenizer.chat_template = None
-    assert own.stop == ours.stop and chat_template(own) == chat_template(ours)
-    example = conversation(*SENTENCES, system="Be kind.")
-    example = dataclasses.replace(
-        example,
-        messages=tuple(
-            dataclasses.replace(m, train=False) if m.content == SENTENCES[3] else m
-            for m in example.messages
-        ),
-    )
-    expected = encode(example, tokenizer=tokenizer, chat_format=ours)
-    actual = encode(example, tokenizer=tokenizer, chat_format=own)
-    np.testing.assert_array_equal(actual.tokens, expected.tokens)
-    np.testing.assert_array_equal(actual.loss_mask, expected.loss_mask)
-    prompts = [
-        encode_prompt(example.messages[:2], tokenizer=tokenizer, chat_format=f) for f in (ours, own)
-    ]
-    assert prompts[0] == prompts[1]
-
-
-TEMPLATE = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
-
-
-@pytest.mark.parametrize(
-    ("template", "says"),
-    [
-        # thinking is dropped from all answers but the last
-        (
-            TEMPLATE.replace(
-                "m.content }}", "(m.content if loop.last or m.role == 'user' else '') }}"
-            ),
-            r"turn 2 \(assistant\): the tokenizer's chat template writes the text up to it diff",
-        ),
-        # the prompt opens a thought that the history does not have
-        (
-            TEMPLATE + "{% if add_generation_prompt %}<s>assistant: <think>{% endif %}",
-            r"turn 2 \(assistant\): the tokenizer's chat template writes the prompt before it diff",
-        ),
-        (
-            "{% if messages[2] %}{{ raise_exception('one turn!') }}{% endif %}" + TEMPLATE,
-            "the tokenizer's chat template refuses: one turn!",
-        ),
-    ],
-)
-def test_a_template_that_rewrites_history_is_refused(tokenizers, template, says):
-    tokenizer = tokenizers["bpe"]
-    tokenizer.chat_template = template
-    try:
-        own = resolve_format("tokenizer", tokenizer)
-    finally:
-        tokenizer.chat_template = None
-    with pytest.raises(ConversationError, match="^d:1: " + says):
-        encode(conversation("a", "b", "c", "d"), tokenizer=tokenizer, chat_format=own, where="d:1")
-
-
-def test_a_template_that_ends_no_answer_is_refused(tokenizers):
-    tokenizer = tokenizers["bpe"]
-    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-    try:
-        with pytest.raises(ValueError, match="writes nothing after an answer"):
-            resolve_format("tokenizer", tokenizer)
-    finally:
-        tokenizer.chat_template = None
+CASES = [(kind, name) for kind in KINDS for name in FORMATS]
 
 
 # --- encoding -----------------------------------------------------------------------------------
@@ -388,8 +81,8 @@ def mask_by_bytes(tokenizer, kind, segments, tokens):
 
 
 @pytest.mark.parametrize(("kind", "name"), CASES)
-def test_a_token_is_trained_when_one_of_its_bytes_is(tokenizers, kind, name):
-    tokenizer = tokenizers[kind]
+def test_a_token_is_trained_when_one_of_its_bytes_is(kind, name):
+    tokenizer = tiny(kind)
     chat_format = resolve_format(name, tokenizer)
 
     def right(example):
@@ -410,8 +103,8 @@ def test_a_token_is_trained_when_one_of_its_bytes_is(tokenizers, kind, name):
 
 
 @pytest.mark.parametrize(("kind", "name"), CASES)
-def test_the_tokens_before_every_answer_are_the_tokens_that_are_served(tokenizers, kind, name):
-    tokenizer = tokenizers[kind]
+def test_the_tokens_before_every_answer_are_the_tokens_that_are_served(kind, name):
+    tokenizer = tiny(kind)
     chat_format = resolve_format(name, tokenizer)
     messages = conversation(*SENTENCES, *reversed(SENTENCES), system=SENTENCES[4]).messages
     whole = encode(Conversation(messages=messages), tokenizer=tokenizer, chat_format=chat_format)
@@ -426,8 +119,25 @@ def test_the_tokens_before_every_answer_are_the_tokens_that_are_served(tokenizer
             assert not whole.loss_mask[stop + 1 : stop + 2].any()
 
 
-def test_text_that_contains_a_special_token_is_refused_by_name(tokenizers):
-    for tokenizer in tokenizers.values():
+@pytest.mark.parametrize("kind", ["bpe", "sentencepiece"])
+@pytest.mark.parametrize("name", ["phoenix", "vicuna", "llama-2", "llama-3"])
+def test_where_a_prompt_ends_no_answer_can_change_its_tokens(kind, name):
+    tokenizer = tiny(kind)
+    chat_format = resolve_format(name, tokenizer)
+
+    @settings(max_examples=100, deadline=None)
+    @given(TEXTS, st.sampled_from(["", " ", "\n", "//", "。", "|", "\u3000"]), TEXTS)
+    def unchanged(question, start, answer):
+        example = conversation(question, start + answer)
+        whole = encode(example, tokenizer=tokenizer, chat_format=chat_format).tokens
+        prompt = encode_prompt(example.messages[:1], tokenizer=tokenizer, chat_format=chat_format)
+        assert whole[: len(prompt)].tolist() == prompt
+
+    unchanged()
+
+
+def test_text_that_contains_a_special_token_is_refused_by_name():
+    for tokenizer in map(tiny, KINDS):
         chat_format = resolve_format("phoenix", tokenizer)
         call = functools.partial(encode, tokenizer=tokenizer, chat_format=chat_format)
         for token in ("</s>", "<s>", "<unk>", "<|im_end|>"):
@@ -477,8 +187,8 @@ def test_text_that_the_tokenizer_cannot_represent_is_refused_by_name(unk):
         encode_prompt([Message("user", "Z")], tokenizer=tokenizer, chat_format=chat_format)
 
 
-def test_a_byte_level_tokenizer_that_lacks_bytes_is_found_out(data):
-    tokenizer = train_bpe(data, 400)
+def test_a_byte_level_tokenizer_that_lacks_bytes_is_found_out():
+    tokenizer = train_bpe(data(), 400)
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     missing = next(c for c, byte in BYTES.items() if byte == 0xBC)  # of "ü", the second byte
     merges = [m for m in state["model"]["merges"] if missing not in "".join(m)]
@@ -500,9 +210,9 @@ def test_an_end_token_that_is_also_unk_is_not_taken_for_lost_text():
     assert coded.tokens[-1] == tokenizer.eos_token_id and coded.loss_mask[-1]
 
 
-def test_white_space_that_spans_leave_out_goes_with_the_token_after_it(data):
-    tokenizer = train_bpe(data, 400)
-    trimming = train_bpe(data, 400)
+def test_white_space_that_spans_leave_out_goes_with_the_token_after_it():
+    tokenizer = train_bpe(data(), 400)
+    trimming = train_bpe(data(), 400)
     trimming.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
     example = conversation("  a  b ", "  x \n\n y ", " c", " d  ")
     for name in ("phoenix", "vicuna", "alpaca"):
@@ -513,8 +223,8 @@ def test_white_space_that_spans_leave_out_goes_with_the_token_after_it(data):
         np.testing.assert_array_equal(actual.loss_mask, expected.loss_mask)
 
 
-def test_malformed_messages_are_refused_with_their_place(tokenizers):
-    tokenizer = tokenizers["bpe"]
+def test_malformed_messages_are_refused_with_their_place():
+    tokenizer = tiny("bpe")
     chat_format = resolve_format("phoenix", tokenizer)
     with pytest.raises(ConversationError, match=r"^f:9: turn 1 \(user\): the conversation ends"):
         encode(conversation("a"), tokenizer=tokenizer, chat_format=chat_format, where="f:9")
@@ -549,8 +259,8 @@ def test_the_fingerprint_is_the_same_in_another_process_and_after_calls(tokenize
         assert done.stdout.strip() == ours
 
 
-def test_the_fingerprint_changes_with_any_part_of_the_tokenizer_or_the_format(tokenizers):
-    tokenizer = tokenizers["sentencepiece"]
+def test_the_fingerprint_changes_with_any_part_of_the_tokenizer_or_the_format():
+    tokenizer = tiny("sentencepiece")
     phoenix = resolve_format("phoenix", tokenizer)
     base = tokenizer.backend_tokenizer.to_str()
 
@@ -610,59 +320,3 @@ def test_show_marks_the_trained_text_in_whole_characters(tokenizer):
     assert colored.endswith("\033[0m")
     empty = Example(np.zeros(0, np.int32), np.zeros(0, np.bool_))
     assert show(empty, tokenizer=tokenizer) == ""
-
-
-# --- training a tokenizer -----------------------------------------------------------------------
-
-
-def run(*flags):
-    command = [sys.executable, "-m", "data_pipelines.tokenizers", *flags]
-    root = Path(__file__).parent.parent
-    return subprocess.run(command, capture_output=True, text=True, cwd=root)
-
-
-def test_a_trained_tokenizer_is_blooms_or_llamas_and_the_same_bytes_each_time(data, tmp_path):
-    for kind, size in (("bpe", 500), ("sentencepiece", 700)):
-        out = tmp_path / kind
-        flags = (f"--data={data}", f"--out={out}", f"--kind={kind}", f"--vocab_size={size}")
-        done = run(*flags)
-        assert done.returncode == 0 and f"{size} tokens ({kind})" in done.stdout, done.stderr
-        files = {path.name: path.read_bytes() for path in out.iterdir()}
-        assert run(*flags).returncode == 0
-        assert {path.name: path.read_bytes() for path in out.iterdir()} == files
-        other = "sentencepiece" if kind == "bpe" else "bpe"
-        done = run(*flags[:2], f"--kind={other}")
-        assert done.returncode == 1 and "is a tokenizer of another kind" in done.stderr
-    assert sorted(files) == ["tokenizer.model"]
-
-
-def test_a_trained_bpe_has_blooms_tokens_loses_nothing_and_knows_the_format(data):
-    tokenizer = train_bpe(data, 800)
-    assert tokenizer.convert_ids_to_tokens([0, 1, 2, 3]) == ["<unk>", "<s>", "</s>", "<pad>"]
-    assert tokenizer.pad_token_id == 3 and tokenizer("x").input_ids[0] != 1
-
-    @settings(max_examples=200, deadline=None)
-    @given(TEXTS)
-    def round_trip(text):
-        ids = tokenizer(text).input_ids
-        assert 0 not in ids or "<unk>" in text
-        assert tokenizer.decode(ids) == text
-
-    round_trip()
-    for words in (" artificial", " intelligence", "Human", "Assistant"):
-        assert len(tokenizer(words).input_ids) == 1
-
-
-def test_a_tokenizer_that_cannot_be_trained_says_why(data, tmp_path):
-    with pytest.raises(ConversationError, match=r"none\.jsonl"):
-        train_bpe(tmp_path / "none.jsonl", 500)
-    with pytest.raises(ValueError, match=r"--vocab_size=100: .*260"):
-        train_bpe(data, 100)
-    with pytest.raises(ValueError, match=r"99999 does not fit .*train\.jsonl"):
-        train_sentencepiece(data, 99999)
-    for size in (264, 330):  # hardly a character: the rest are bytes
-        tokenizer = _sentencepiece_tokenizer(train_sentencepiece(data, size))
-        assert tokenizer.decode(tokenizer(SENTENCES[2]).input_ids, True) == SENTENCES[2]
-    done = run(f"--data={tmp_path / 'none.jsonl'}", f"--out={tmp_path / 'out'}")
-    assert done.returncode == 1 and "error: " in done.stderr and "Traceback" not in done.stderr
-    assert not (tmp_path / "out").exists()
