@@ -176,7 +176,7 @@ def _decode_window(
     model, state: DecodeState, seeds, params, stops, *, limit, mode: str, dtype: str
 ) -> DecodeState:
     """Decodes until ``state.count`` is ``limit`` or every row is done."""
-    slots = jax.tree.leaves(state.kv_cache)[0].shape[-3]
+    slots = jax.tree.leaves(state.kv_cache)[0].shape[-2]
 
     def step(state: DecodeState) -> DecodeState:
         positions = state.positions[:, None]  # [B,1]

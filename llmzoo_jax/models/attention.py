@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 
 class KVCache(NamedTuple):
-    """Keys and values, ``[L,B,S,K,H]`` or a tuple of L arrays ``[B,S,K,H]``. Slot s holds the key
+    """Keys and values, ``[L,B,K,S,H]`` or a tuple of L arrays ``[B,K,S,H]``. Slot s holds the key
     of position s: rows of any length start at slot 0."""
 
     k: Any
@@ -43,10 +43,10 @@ def cache_mask(positions: jax.Array, num_slots: int) -> Mask:
 
 
 def write_cache(cache: KVCache, k: jax.Array, v: jax.Array, positions: jax.Array) -> KVCache:
-    """Puts ``k, v [B,T,K,H]`` of consecutive ``positions[B,T]`` into one layer's cache."""
+    """Puts ``k, v [B,K,T,H]`` of consecutive ``positions[B,T]`` into one layer's cache."""
 
     def put(row, new, start):
-        return jax.lax.dynamic_update_slice(row, new.astype(row.dtype), (start, 0, 0))
+        return jax.lax.dynamic_update_slice(row, new.astype(row.dtype), (0, start, 0))
 
     put = jax.vmap(put)
     return KVCache(put(cache.k, k, positions[:, 0]), put(cache.v, v, positions[:, 0]))
@@ -63,14 +63,13 @@ def attend(
 ) -> jax.Array:
     """Softmax attention in float32, products in the dtype of ``q``.
 
-    ``q[B,T,N,H]``, ``k, v[B,S,K,H]`` with N a multiple of K; ``alibi_slopes`` float32 ``[N]`` adds
+    ``q[B,T,N,H]``, ``k, v[B,K,S,H]`` with N a multiple of K; ``alibi_slopes`` float32 ``[N]`` adds
     ``slope * key_position`` (``key_positions[B,S]``), which differs from ``slope * distance`` by a
     constant per query, so the softmax is the same (Press et al., 2022). Returns ``[B,T,N,H]``.
     """
     B, T, N, H = q.shape
-    K = k.shape[2]
+    K = k.shape[1]
     q = jnp.moveaxis(q.reshape(B, T, K, N // K, H), 1, 3)  # [B,K,G,T,H]
-    k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)  # [B,K,S,H]
     bias = None
     if alibi_slopes is not None:
         slopes = alibi_slopes.reshape(K, N // K, 1, 1)

@@ -29,6 +29,7 @@ class Attention(nnx.Module):
 
     def __call__(self, x, kv, mask, positions, key_positions):
         q, k, v = jnp.moveaxis(self.qkv(x), 3, 0)  # each [B,T,N,H]
+        k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)  # [B,N,T,H]
         if kv is not None:
             kv = attention.write_cache(kv, k, v, positions)
             k, v = kv

@@ -28,7 +28,7 @@ class Attention(nnx.Module):
     def __call__(self, x, kv, mask, positions, speed):
         q = layers.apply_rope(self.q(x), positions, speed)  # [B,T,N,H]
         k = layers.apply_rope(self.k(x), positions, speed)  # [B,T,K,H]
-        v = self.v(x)
+        k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(self.v(x), 1, 2)  # [B,K,T,H]
         if kv is not None:
             kv = attention.write_cache(kv, k, v, positions)
             k, v = kv
