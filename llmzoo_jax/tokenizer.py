@@ -172,6 +172,8 @@ class JinjaTemplate:
     def __call__(self, messages: Sequence[Message], generation_prompt: bool) -> list[Segment]:
         """Finds the answers in the text by rendering the conversation up to each of them."""
         whole = self.text(messages, generation_prompt)
+        if generation_prompt:  # to be served as it is; nothing is trained
+            return [Segment(whole, False)]
         segments, done = [], 0
         for turn, message in enumerate(messages):
             if message.role != "assistant":
@@ -214,11 +216,15 @@ def _own_format(tokenizer: Any) -> ChatFormat:
             "chat format 'tokenizer': the template writes nothing after an answer, so a model could"
             f" not learn to stop; use one of {', '.join(FORMATS)}"
         )
-    special = _specials(tokenizer, len(tokenizer), ()).search(closing)
+    # Tokens that the template writes may not be marked as special; spaces and words are not meant.
+    added = (t for t in tokenizer.added_tokens_encoder if t in probe)
+    tokens = tuple(t for t in added if t.strip() and not t.isalnum())
+    end = _specials(tokenizer, len(tokenizer), tokens).search(closing)
     return ChatFormat(
         name="tokenizer",
         template=dataclasses.replace(template, closing=closing),
-        stop=(special.group() if special else closing.strip(),),
+        stop=(end.group() if end else closing.strip(),),
+        special_tokens=tokens,
     )
 
 

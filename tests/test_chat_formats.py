@@ -1,5 +1,6 @@
 """Chat formats on a tokenizer: BOS, jinja, and the template that a checkpoint brings."""
 
+import copy
 import dataclasses
 import functools
 import json
@@ -182,6 +183,26 @@ def test_a_template_that_rewrites_history_is_refused(template, says):
         tokenizer.chat_template = None
     with pytest.raises(ConversationError, match="^d:1: " + says):
         encode(conversation("a", "b", "c", "d"), tokenizer=tokenizer, chat_format=own, where="d:1")
+
+
+def test_a_template_is_served_as_it_is_even_where_it_rewrites_history():
+    tokenizer = copy.deepcopy(tiny("bpe"))
+    tokenizer.chat_template = TEMPLATE.replace("m.content", "m.content[-1:]")
+    own = resolve_format("tokenizer", tokenizer)
+    history = conversation("ab", "cd", "ef").messages
+    ids = encode_prompt(history, tokenizer=tokenizer, chat_format=own)
+    assert tokenizer.decode(ids) == "<s>user: b</s><s>assistant: d</s><s>user: f</s>"
+
+
+def test_the_tokens_of_a_template_may_not_be_typed_even_if_the_tokenizer_has_them_unmarked():
+    tokenizer = train_bpe(data(), 400)
+    tokenizer.add_tokens(["<turn>", "user", "  "])
+    tokenizer.chat_template = TEMPLATE.replace("<s>", "<turn>")
+    own = resolve_format("tokenizer", tokenizer)
+    assert own.special_tokens == ("</s>", "<turn>") and own.stop == ("</s>",)
+    encode(conversation("a  user", "b"), tokenizer=tokenizer, chat_format=own)
+    with pytest.raises(ConversationError, match=r"turn 1 \(user\): the text contains '<turn>'"):
+        encode(conversation("<turn>", "b"), tokenizer=tokenizer, chat_format=own)
 
 
 def test_a_template_that_ends_no_answer_is_refused():
