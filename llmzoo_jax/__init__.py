@@ -1,0 +1,26 @@
+"""LLM Zoo in JAX: multilingual chat models, from data to a served checkpoint.
+
+    import llmzoo_jax
+
+    model = llmzoo_jax.load("path/to/a/hugging-face-or-run-folder")
+    print(model.chat([{"role": "user", "content": "Hello!"}]).text)
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from llmzoo_jax.inference import Model
+
+
+def load(path: str | os.PathLike, *, dtype: str = "float32") -> Model:
+    """A model to use: of a Hugging Face folder, or of the newest checkpoint of a run folder.
+
+    ``dtype`` is "float32" or "bfloat16", of the weights and the activations. Raises InputError
+    where the folder is neither, or does not hold what it should.
+    """
+    from llmzoo_jax.inference import load_model  # here: `import llmzoo_jax` stays without JAX
+
+    return load_model(path, dtype=dtype)

@@ -1,0 +1,322 @@
+"""A loaded model: logits, text and chat. What ``llmzoo_jax.load`` gives."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llmzoo_jax import checkpoint, hf, models
+from llmzoo_jax import config as configs
+from llmzoo_jax import generate as decoding
+from llmzoo_jax.cli import InputError
+from llmzoo_jax.config import LlamaConfig, ModelConfig
+from llmzoo_jax.conversation import FORMATS, ChatFormat, Message, chat_template, render
+from llmzoo_jax.generate import Sampling
+from llmzoo_jax.text_stream import TextStream
+from llmzoo_jax.tokenizer import encode_prompt, load_tokenizer, resolve_format
+
+
+class LoadError(InputError):
+    """A folder can't be used as a model, or a model not in this way; the message says why."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """An answer. ``tokens`` are the new ones, up to the stop token or the end of the stop string;
+    ``finish_reason`` is "stop" or "length"; ``text`` is None where there is no tokenizer."""
+
+    text: str | None
+    tokens: list[int]
+    finish_reason: str
+    prompt_tokens: int
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A model and what it takes to talk to it.
+
+    ``tokenizer`` is None where the folder has none, ``format`` where there is no chat template.
+    ``params`` is the ``nnx`` module in the form that decodes fastest (``generate.prepare``).
+    """
+
+    path: str
+    config: ModelConfig
+    tokenizer: Any
+    format: ChatFormat | None
+    params: Any
+    stop_ids: tuple[int, ...]  # any of them ends an answer
+    dtype: str
+
+    @property
+    def context(self) -> int | None:
+        """How many positions the model has; None for BLOOM, whose ALiBi sets no limit."""
+        return self.config.max_positions if isinstance(self.config, LlamaConfig) else None
+
+    def logits(self, tokens: Any) -> np.ndarray:
+        """``int[B,T] -> float32[B,T,V]``. Rows may be padded on the right."""
+        tokens = np.asarray(tokens)
+        if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
+            raise LoadError(f"logits: tokens must be int[B,T], not {tokens.dtype}{tokens.shape}")
+        self._check_ids(tokens.ravel(), "logits")
+        return np.asarray(_logits(self.params, tokens.astype(np.int32), dtype=self.dtype))
+
+    def generate(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        *,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop: str | Sequence[str] = (),
+    ) -> list[Result]:
+        """Continues texts or lists of token ids, as one batch.
+
+        A text is tokenised as transformers would, with BOS where the tokenizer adds it. Temperature
+        0 is greedy. A ``stop`` string ends a row and is not in its text. Row i samples with
+        ``seed + i``, whatever else is in the batch.
+        """
+        if isinstance(prompts, str):
+            raise LoadError("generate: prompts is a list, of texts or of lists of token ids")
+        sampling = Sampling(
+            max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
+            seed=seed,
+        )  # fmt: skip
+        ids = [self._tokenize(prompt) for prompt in prompts]
+        # The text that follows a prompt may depend on its last tokens: a space, half a character.
+        streams = [self._stream(row[-8:], _stops(stop)) for row in ids]
+        return self._decode(ids, sampling, streams) if ids else []
+
+    def chat(
+        self,
+        messages: Sequence[Message | Mapping[str, str]],
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop: str | Sequence[str] = (),
+        on_text: Callable[[str], None] | None = None,
+    ) -> Result:
+        """The answer to ``messages`` ({"role", "content"}, the last one the user's).
+
+        ``on_text`` is called with pieces of the text as they come, whole characters that no stop
+        string can take back; joined, they are the text of the result. Raises ConversationError for
+        messages that the model's chat format can't write.
+        """
+        sampling = Sampling(
+            max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
+            seed=seed,
+        )  # fmt: skip
+        prompt = self.prompt(messages)
+        before, after = answer_frame(self.format)
+        stops = _stops(stop)
+        for text in self.format.stop:  # one token where it can be; else looked for in the text
+            stops += () if _token_id(self.tokenizer, text) is not None else (text,)
+            after = after.partition(text)[0]
+        stream = self._stream((), stops, before, after)
+        return self._decode([prompt], sampling, [stream], on_text)[0]
+
+    def prompt(self, messages: Sequence[Message | Mapping[str, str]]) -> list[int]:
+        """The token ids of ``messages`` in the model's chat format, where it begins to speak."""
+        if self.tokenizer is None:
+            raise LoadError(f"{self.path} has no tokenizer.json and no tokenizer.model: no chat")
+        if self.format is None:
+            raise LoadError(
+                f"{self.path}: its tokenizer has no chat template, so it is not known how a chat "
+                "is written; use generate(), or put a chat_template into tokenizer_config.json"
+            )
+        turns = [m if isinstance(m, Message) else Message(m["role"], m["content"]) for m in messages]
+        return encode_prompt(turns, tokenizer=self.tokenizer, chat_format=self.format)
+
+    # --- below the surface ---
+
+    def _tokenize(self, prompt: str | Sequence[int]) -> list[int]:
+        if not isinstance(prompt, str):
+            return [int(token) for token in prompt]
+        if self.tokenizer is None:
+            raise LoadError(
+                f"{self.path} has no tokenizer.json and no tokenizer.model; give token ids"
+            )
+        return list(self.tokenizer(prompt).input_ids)
+
+    def _stream(self, context, stops: tuple[str, ...], *frame: str) -> TextStream | None:
+        if self.tokenizer is None and stops:
+            raise LoadError(f"{self.path} has no tokenizer, so no stop string can be found")
+        return None if self.tokenizer is None else TextStream(self.tokenizer, context, stops, *frame)
+
+    def _decode(self, prompts, sampling: Sampling, streams, on_text=None) -> list[Result]:
+        """``streams`` has a TextStream a row, or None without a tokenizer."""
+        for i, prompt in enumerate(prompts):
+            self._check_ids(prompt, f"prompt {i + 1}")
+            whole = len(prompt) + sampling.max_new_tokens
+            if self.context is not None and whole > self.context:
+                raise LoadError(
+                    f"prompt {i + 1} has {len(prompt)} tokens, with max_new_tokens="
+                    f"{sampling.max_new_tokens} that is {whole}, and {self.path} has "
+                    f"{self.context} positions; shorten one of the two"
+                )
+
+        def show(text: str) -> None:
+            if on_text is not None and text:
+                on_text(text)
+
+        def on_tokens(row: int, tokens: list[int]) -> None:
+            if streams[row] is not None:
+                show(streams[row].feed(tokens))
+
+        stops = streams[0].stops if streams[0] is not None else ()
+        rows = decoding.generate(
+            self.params,
+            prompts,
+            sampling=sampling,
+            stop_ids=self.stop_ids,
+            stopped=(lambda row: streams[0].finds_stop(row)) if stops else None,
+            on_tokens=on_tokens,
+            dtype=self.dtype,
+        )
+        results = []
+        for prompt, row, stream in zip(prompts, rows, streams, strict=True):
+            text, tokens, reason = None, row.tokens, row.finish_reason
+            if stream is not None:
+                show(stream.feed(tokens) + stream.finish(whole=reason == "stop"))
+                text = stream.text
+                if stream.ended_at is not None:
+                    tokens, reason = tokens[: stream.ended_at], "stop"
+            results.append(Result(text, tokens, reason, len(prompt)))
+        return results
+
+    def _check_ids(self, ids: Sequence[int], where: str) -> None:
+        size = self.config.vocab_size
+        if bad := [int(i) for i in ids if not 0 <= i < size]:
+            raise LoadError(f"{where}: token id {bad[0]}; the model has 0 to {size - 1}")
+
+
+@functools.partial(jax.jit, static_argnames=("dtype",))
+def _logits(params, tokens, *, dtype: str) -> jax.Array:
+    return models.logits(params, tokens, dtype=jnp.dtype(dtype))
+
+
+def _stops(stop: str | Sequence[str]) -> tuple[str, ...]:
+    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    if not all(stops):
+        raise LoadError("stop: an empty string would stop everything")
+    return stops
+
+
+# --- chat formats on a tokenizer ----------------------------------------------------------------
+
+
+def answer_frame(chat_format: ChatFormat) -> tuple[str, str]:
+    """What the format lets the model write before and after the content of an answer: a space and
+    ``</s>``, say. Found by writing one, so it holds for a checkpoint's own template, too."""
+    question = [Message("user", "question")]
+    prompt, whole = (
+        "".join(s.text for s in render(messages, chat_format, generation_prompt=prompting))
+        for messages, prompting in ((question, True), ([*question, Message("assistant", "☞")], False))
+    )
+    before, _, after = whole.removeprefix(prompt).partition("☞")
+    return before, after
+
+
+def find_format(tokenizer: Any) -> ChatFormat | None:
+    """The format of a tokenizer's chat template: one of FORMATS if it is the template that one
+    writes, else "tokenizer", the template itself; None where there is no template."""
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    for name in FORMATS:
+        try:
+            chat_format = resolve_format(name, tokenizer)
+        except ValueError:  # this tokenizer lacks a special token of the format
+            continue
+        if chat_template(chat_format) == tokenizer.chat_template:
+            return chat_format
+    return _checked(resolve_format, "tokenizer", tokenizer)
+
+
+def stop_token_ids(tokenizer: Any, chat_format: ChatFormat | None) -> tuple[int, ...]:
+    """EOS, and the tokens that end an answer in the format; sorted."""
+    texts = (tokenizer.eos_token, *(chat_format.stop if chat_format else ()))
+    ids = [_token_id(tokenizer, text) for text in texts if text]
+    return tuple(sorted({i for i in ids if i is not None}))
+
+
+def _token_id(tokenizer: Any, text: str) -> int | None:
+    return tokenizer.get_vocab().get(text)
+
+
+def _checked(function: Callable, *args: Any) -> Any:
+    """Errors of tokenizers and formats as what they are to a command: something to mend."""
+    try:
+        return function(*args)
+    except ValueError as error:
+        raise error if isinstance(error, InputError) else LoadError(str(error)) from error
+
+
+# --- loading ------------------------------------------------------------------------------------
+
+
+def load_model(path: str | Path, *, dtype: str = "float32") -> Model:
+    """``llmzoo_jax.load``; see there."""
+    path = Path(path)
+    if dtype not in ("float32", "bfloat16"):
+        raise LoadError(f"dtype={dtype!r}: float32 or bfloat16")
+    if not (path / "config.json").is_file():
+        what = "it has no config.json" if path.is_dir() else "no such folder"
+        raise LoadError(f"{path}: {what}; give a Hugging Face folder or a run folder")
+    load = _from_run if is_run(path) else _from_hf
+    config, tokenizer, chat_format, params, more_stops = load(path, jnp.dtype(dtype))
+    stops = stop_token_ids(tokenizer, chat_format) if tokenizer is not None else ()
+    return Model(
+        path=str(path),
+        config=config,
+        tokenizer=tokenizer,
+        format=chat_format,
+        params=decoding.prepare(params),
+        stop_ids=tuple(sorted({*stops, *more_stops})),
+        dtype=dtype,
+    )
+
+
+def is_run(path: Path) -> bool:
+    return (path / "checkpoints").is_dir()
+
+
+def _from_run(path: Path, dtype: jnp.dtype):
+    run = checkpoint.read_config(path)
+    config = configs.model_from_dict(run["model"])
+    tokenizer = _checked(load_tokenizer, path / "tokenizer")
+    chat_format = _checked(resolve_format, run["chat_format"], tokenizer)
+    params = checkpoint.restore_params(path, config)
+    return config, tokenizer, chat_format, jax.tree.map(lambda x: x.astype(dtype), params), ()
+
+
+def _from_hf(path: Path, dtype: jnp.dtype):
+    config = hf.read_config(path)
+    tokenizer = chat_format = None
+    if any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        tokenizer = _checked(load_tokenizer, path)
+        chat_format = find_format(tokenizer)
+    params = hf.load_params(path, config, place=lambda name, x: jnp.asarray(x, dtype))
+    return config, tokenizer, chat_format, params, _eos_ids(path)
+
+
+def _eos_ids(path: Path) -> tuple[int, ...]:
+    """``eos_token_id`` of the generation config, else, as transformers does, of the config."""
+    file = path / "generation_config.json"
+    file = file if file.is_file() else path / "config.json"
+    try:
+        eos = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+    except json.JSONDecodeError as error:
+        raise LoadError(f"{file}: line {error.lineno} is not JSON: {error.msg}") from error
+    return tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
