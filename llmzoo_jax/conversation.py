@@ -219,6 +219,12 @@ def read_jsonl(path: str | os.PathLike) -> Iterator[Conversation]:
         raise ConversationError(f"{path}: no conversation in this file")
 
 
+def in_languages(lang: str, languages: Sequence[str]) -> bool:
+    """Whether a language (BCP-47) is one of ``languages``; "zh" takes "zh-Hant" too."""
+    lang = lang.lower()
+    return any(lang == x.lower() or lang.startswith(x.lower() + "-") for x in languages)
+
+
 def write_jsonl(path: str | os.PathLike, conversations: Iterable[Conversation]) -> int:
     """Writes the whole file or, if anything fails, nothing; returns the number of conversations."""
     path = Path(path)

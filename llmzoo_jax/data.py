@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from llmzoo_jax.cli import InputError
 from llmzoo_jax.config import DataConfig, Source
-from llmzoo_jax.conversation import Conversation, read_jsonl
+from llmzoo_jax.conversation import Conversation, in_languages, read_jsonl
 from llmzoo_jax.packing import Batch, PackingError, Plan, empty_rows, fill_rows, plan
 from llmzoo_jax.tokenizer import encode, fingerprint
 
@@ -108,7 +108,7 @@ def _tokenise_into(folder: str, path: str, tokenizer, chat_format, languages) ->
     writer = ArrayRecordWriter(os.path.join(folder, "records.array_record"), "group_size:1")
     try:
         for line, item in _numbered(path):
-            if languages and not _matches(item.lang, languages):
+            if languages and not in_languages(item.lang, languages):
                 left_out[item.lang] += 1
                 continue
             example = encode(
@@ -138,11 +138,6 @@ def _numbered(path: str) -> Iterator[tuple[int, Conversation]]:
         lines = (number for number, line in enumerate(file, 1) if line.strip())
         for item in tqdm(read_jsonl(path), desc=title, unit=" conversations", delay=2):
             yield next(lines), item
-
-
-def _matches(lang: str, languages: Sequence[str]) -> bool:
-    lang = lang.lower()
-    return any(lang == x.lower() or lang.startswith(x.lower() + "-") for x in languages)
 
 
 def _load(path: str, folder: str) -> Records:

@@ -95,6 +95,8 @@ def save_tokenizer(tokenizer: Any, folder: str | Path, *, chat_format: ChatForma
     config = json.loads(path.read_text("utf-8"))
     config |= {"tokenizer_class": "PreTrainedTokenizerFast"}
     config |= {"chat_template": tokenizer.chat_template}  # where older readers look for it
+    for name in ("is_local", "local_files_only"):  # how it was loaded here, which transformers adds
+        config.pop(name, None)
     path.write_text(json.dumps(config, ensure_ascii=False, indent=2) + "\n", "utf-8")
 
 
