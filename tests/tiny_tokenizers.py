@@ -30,7 +30,7 @@ SENTENCES = (
 TEXTS = st.one_of(
     st.lists(st.sampled_from("".join(SENTENCES)), min_size=1, max_size=12).map("".join),
     st.text(st.characters(codec="utf-8"), min_size=1, max_size=12),
-).filter(lambda text: text.strip() and not re.search(r"</?s>|<unk>|<\|", text))
+).filter(lambda text: text.strip() and not re.search(r"</?s>|<unk>|<pad>|<\|", text))
 
 
 def conversation(*contents, system=None, **names):
