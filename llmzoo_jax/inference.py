@@ -136,7 +136,7 @@ class Model:
                 f"{self.path}: its tokenizer has no chat template, so it is not known how a chat "
                 "is written; use generate(), or put a chat_template into tokenizer_config.json"
             )
-        turns = [m if isinstance(m, Message) else Message(m["role"], m["content"]) for m in messages]
+        turns = [_message(m, number) for number, m in enumerate(messages, 1)]
         return encode_prompt(turns, tokenizer=self.tokenizer, chat_format=self.format)
 
     # --- below the surface ---
@@ -151,9 +151,11 @@ class Model:
         return list(self.tokenizer(prompt).input_ids)
 
     def _stream(self, context, stops: tuple[str, ...], *frame: str) -> TextStream | None:
-        if self.tokenizer is None and stops:
+        if self.tokenizer is not None:
+            return TextStream(self.tokenizer, context, stops, *frame)
+        if stops:
             raise LoadError(f"{self.path} has no tokenizer, so no stop string can be found")
-        return None if self.tokenizer is None else TextStream(self.tokenizer, context, stops, *frame)
+        return None
 
     def _decode(self, prompts, sampling: Sampling, streams, on_text=None) -> list[Result]:
         """``streams`` has a TextStream a row, or None without a tokenizer."""
@@ -207,6 +209,14 @@ def _logits(params, tokens, *, dtype: str) -> jax.Array:
     return models.logits(params, tokens, dtype=jnp.dtype(dtype))
 
 
+def _message(message: Message | Mapping[str, str], number: int) -> Message:
+    if isinstance(message, Message):
+        return message
+    if sorted(message) != ["content", "role"]:
+        raise LoadError(f"message {number}: a message has role and content, not {sorted(message)}")
+    return Message(**message)
+
+
 def _stops(stop: str | Sequence[str]) -> tuple[str, ...]:
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
     if not all(stops):
@@ -223,7 +233,10 @@ def answer_frame(chat_format: ChatFormat) -> tuple[str, str]:
     question = [Message("user", "question")]
     prompt, whole = (
         "".join(s.text for s in render(messages, chat_format, generation_prompt=prompting))
-        for messages, prompting in ((question, True), ([*question, Message("assistant", "☞")], False))
+        for messages, prompting in (
+            (question, True),
+            ([*question, Message("assistant", "☞")], False),
+        )
     )
     before, _, after = whole.removeprefix(prompt).partition("☞")
     return before, after
@@ -242,6 +255,11 @@ def find_format(tokenizer: Any) -> ChatFormat | None:
         if chat_template(chat_format) == tokenizer.chat_template:
             return chat_format
     return _checked(resolve_format, "tokenizer", tokenizer)
+
+
+def find_run_format(name: str, tokenizer: Any) -> ChatFormat:
+    """The format of a run, on the tokenizer that the run saved."""
+    return _checked(resolve_format, name, tokenizer)
 
 
 def stop_token_ids(tokenizer: Any, chat_format: ChatFormat | None) -> tuple[int, ...]:
@@ -296,7 +314,7 @@ def _from_run(path: Path, dtype: jnp.dtype):
     run = checkpoint.read_config(path)
     config = configs.model_from_dict(run["model"])
     tokenizer = _checked(load_tokenizer, path / "tokenizer")
-    chat_format = _checked(resolve_format, run["chat_format"], tokenizer)
+    chat_format = find_run_format(run["chat_format"], tokenizer)
     params = checkpoint.restore_params(path, config)
     return config, tokenizer, chat_format, jax.tree.map(lambda x: x.astype(dtype), params), ()
 

@@ -1,0 +1,196 @@
+"""Exports the newest checkpoint of a run as a Hugging Face folder.
+
+    python -m llmzoo_jax.export --run=runs/quickstart-phoenix
+
+The folder has safetensors with their index, config.json, generation_config.json, the tokenizer
+with its chat template, a model card with the figures of the run, and its loss plot. transformers,
+vLLM and llmzoo_jax.load read it. It appears whole or not at all; the same command again replaces
+it by an export of the checkpoint that is then the newest.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from safetensors import SafetensorError
+
+from llmzoo_jax import checkpoint, cli, hf, model_card, models
+from llmzoo_jax import config as configs
+from llmzoo_jax.cli import InputError
+from llmzoo_jax.inference import find_run_format, stop_token_ids
+from llmzoo_jax.metrics import say
+from llmzoo_jax.tokenizer import load_tokenizer
+
+# What an export may hold; a folder with anything else in it is not replaced.
+FILES = (
+    "model-*-of-*.safetensors", "model.safetensors.index.json", "config.json",
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+    "special_tokens_map.json", "README.md", "loss.png",
+)  # fmt: skip
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+class ExportError(InputError):
+    """A run can't be exported, or not to there; the message says what to do."""
+
+
+def export(
+    run: str | Path,
+    out: str | Path | None = None,
+    *,
+    dtype: str = "float32",
+    max_shard_size: str = "5GB",
+    overwrite: bool = False,
+) -> Path:
+    """Writes the newest checkpoint of the folder ``run`` to ``out`` (``run/export``); returns it.
+
+    Raises ExportError where ``out`` is something else than an earlier export (unless
+    ``overwrite``) or can't be written, RunError where there is no checkpoint or no room.
+    """
+    run = Path(run)
+    out = Path(out or run / "export")
+    limit = _bytes(max_shard_size)
+    if dtype not in ("float32", "bfloat16"):
+        raise ExportError(f"--dtype={dtype}: float32 or bfloat16")
+    config = checkpoint.read_config(run)
+    _check_target(out, run, overwrite)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    model_config = configs.model_from_dict(config["model"])
+    size = models.num_params(models.abstract(model_config)) * (2 if dtype == "bfloat16" else 4)
+    checkpoint.check_space(out.parent, size, f"the export of {run}")
+    step, model = _newest(run, model_config)
+
+    part = out.with_name(f".{out.name}.{os.getpid()}.part")
+    try:
+        part.mkdir()
+        _write(part, run, config, model_config, model, step, dtype, limit)
+        _replace(part, out)
+    except (OSError, SafetensorError) as error:
+        raise ExportError(
+            f"{out}: not written: {error}. Make room or choose another --out, and run the same "
+            "command again"
+        ) from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return out
+
+
+def _write(part: Path, run: Path, config, model_config, model, step, dtype, limit) -> None:
+    """Everything that an export holds, into the empty folder ``part``."""
+    shutil.copytree(run / "tokenizer", part, dirs_exist_ok=True)
+    tokenizer = load_tokenizer(part)
+    chat_format = find_run_format(config["chat_format"], tokenizer)
+    names = ("bos", "eos", "pad")
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in names}
+    _write_json(part / "config.json", hf.config_to_hf(model_config, dtype=dtype) | ids)
+    stops = stop_token_ids(tokenizer, chat_format)
+    generation = ids | {
+        "eos_token_id": list(stops) if len(stops) > 1 else next(iter(stops), None),
+        "pad_token_id": next((i for i in (ids["pad_token_id"], *stops) if i is not None), None),
+        "do_sample": False,
+    }
+    generation = {key: value for key, value in generation.items() if value is not None}
+    _write_json(part / "generation_config.json", generation)
+    plot = "loss.png" if (run / "loss.png").is_file() else None
+    if plot:
+        shutil.copyfile(run / plot, part / plot)
+    card = model_card.write(
+        run, config, step=step, chat_format=chat_format, num_params=models.num_params(model),
+        dtype=dtype, plot=plot,
+    )  # fmt: skip
+    (part / "README.md").write_text(card, encoding="utf-8")
+    for name in hf.save_params(part, model, model_config, dtype=dtype, max_shard_bytes=limit):
+        shutil.copymode(part / "config.json", part / name)  # safetensors writes for the owner only
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _newest(run: Path, model_config) -> tuple[int, Any]:
+    """(step, model) of the newest checkpoint, also while training goes on and saves more."""
+    while True:
+        with checkpoint.open_manager(run) as manager:
+            step = manager.latest_step()
+        model = checkpoint.restore_params(run, model_config)
+        with checkpoint.open_manager(run) as manager:
+            if manager.latest_step() == step:
+                return step, model
+
+
+def _check_target(out: Path, run: Path, overwrite: bool) -> None:
+    """Raises ExportError where ``out`` is not to be replaced."""
+    if run.resolve().is_relative_to(out.resolve()) or (out / "checkpoints").is_dir():
+        raise ExportError(f"--out={out} holds a run; choose another folder")
+    if not out.exists() or overwrite:
+        return
+    if not out.is_dir():
+        raise ExportError(f"--out={out} is a file; choose another name, or set --overwrite")
+    names = sorted(path.name for path in out.iterdir())
+    foreign = [name for name in names if not any(fnmatch(name, known) for known in FILES)]
+    if foreign:
+        raise ExportError(
+            f"--out={out} holds {foreign[0]!r}, which is no part of an export; choose another "
+            "folder, or set --overwrite to delete what is there"
+        )
+    card = out / "README.md"
+    if names and not (card.is_file() and model_card.MARK in card.read_text("utf-8", "replace")):
+        raise ExportError(
+            f"--out={out} holds a model that was not exported here; choose another folder, or set "
+            "--overwrite to delete it"
+        )
+
+
+def _replace(part: Path, out: Path) -> None:
+    """Puts the folder ``part`` in the place of ``out``."""
+    old = part.with_suffix(".old")
+    if out.exists():
+        os.rename(out, old)
+    os.rename(part, out)
+    if old.is_dir() and not old.is_symlink():
+        shutil.rmtree(old)
+    else:
+        old.unlink(missing_ok=True)
+
+
+def _bytes(text: str) -> int:
+    match = re.fullmatch(r"([\d.]+)\s*([A-Za-z]*)", text.strip())
+    try:
+        size = int(float(match[1]) * UNITS[match[2].upper()])
+    except (TypeError, ValueError, KeyError):
+        size = 0
+    if size < 1:
+        raise ExportError(f"--max_shard_size={text}: a size such as 5GB, 500MB or 2GiB")
+    return size
+
+
+def main(_) -> None:
+    out = export(
+        RUN.value,
+        OUT.value,
+        dtype=DTYPE.value,
+        max_shard_size=MAX_SHARD_SIZE.value,
+        overwrite=OVERWRITE.value,
+    )
+    size = sum(path.stat().st_size for path in out.iterdir())
+    say(f"exported to {out} ({size / 1e6:,.1f} MB); try python -m serving.chat --model={out}")
+
+
+if __name__ == "__main__":
+    RUN = flags.DEFINE_string("run", None, "Run folder to export.", required=True)
+    OUT = flags.DEFINE_string("out", None, "Folder to write; RUN/export where it is not given.")
+    DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the weights.")
+    MAX_SHARD_SIZE = flags.DEFINE_string(
+        "max_shard_size", "5GB", "Largest size of one safetensors file."
+    )
+    OVERWRITE = flags.DEFINE_bool(
+        "overwrite", False, "Delete --out even where it is no earlier export."
+    )
+    cli.run(main)
