@@ -22,6 +22,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
+from tqdm import tqdm
 
 from llmzoo_jax import models
 from llmzoo_jax.cli import InputError
@@ -428,7 +429,7 @@ def save_params(
             shards.append([])
         shards[-1].append(job)
     files, weight_map = [], {}
-    for i, shard in enumerate(shards, 1):
+    for i, shard in enumerate(tqdm(shards, desc="writing", unit=" files", delay=2), 1):
         name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         tensors = {}
         for theirs, ours, layer, pattern, _ in shard:
