@@ -19,14 +19,15 @@ import glob
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from absl import app, flags
+from absl import flags
 
 from data_pipelines.sources import Dropped, alpaca, messages, sharegpt, xpersona, zh_or_en
+from llmzoo_jax import cli
 from llmzoo_jax.conversation import Conversation, ConversationError, check_messages, write_jsonl
+from llmzoo_jax.errors import InputError
 
 # Text that no conversation may contain, and the reason that is counted. The first would forge turns
 # (tokenizer.encode refuses it), the others are to be filled in by whoever names the model.
@@ -236,13 +237,13 @@ def build_source(row: RawSource, files: list[str], seen: dict[bytes, str], share
 
 
 def build(rows: tuple[RawSource, ...], *, shared: str, out: str, heldout: float) -> list[Built]:
-    """Builds all sources and writes their files. Raises ValueError where a file is missing."""
+    """Builds all sources and writes their files. Raises InputError where a file is missing."""
     if not 0 <= heldout < 1:
-        raise ValueError(f"--heldout={heldout}: it is a share from 0 to 1, such as 0.1")
+        raise InputError(f"--heldout={heldout}: it is a share from 0 to 1, such as 0.1")
     files = {row.name: sorted(glob.glob(row.files, root_dir=shared)) for row in rows}
     if missing := [row.files for row in rows if not files[row.name]]:
         what = "no such folder" if not os.path.isdir(shared) else f"it has no {missing[0]}"
-        raise ValueError(
+        raise InputError(
             f"--shared={shared}: {what}; give the folder that has the raw data, in "
             f"{', '.join(sorted({pattern.split('/')[0] for pattern in missing}))}"
         )
@@ -301,14 +302,9 @@ def _counts(counter: collections.Counter[str]) -> str:
     return ", ".join(f"{name} {n:,}" for name, n in counter.most_common())
 
 
-def main(argv: list[str]) -> None:
-    if argv[1:]:
-        raise app.UsageError(f"unknown argument {argv[1]!r}; options are written --NAME=VALUE")
+def main(_: list[str]) -> None:
     args = flags.FLAGS
-    try:
-        result = build(RECIPES[args.recipe], shared=args.shared, out=args.out, heldout=args.heldout)
-    except ValueError as error:
-        sys.exit(f"data_pipelines.build: {error}")
+    result = build(RECIPES[args.recipe], shared=args.shared, out=args.out, heldout=args.heldout)
     print(table(result))
     print(f"\nwritten to {args.out}; every drop and trim, with its reason, is in dropped.jsonl")
 
@@ -318,4 +314,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("shared", "../shared/data", "folder with the raw data, a folder a dataset")
     flags.DEFINE_string("out", "cache/real", "folder to write to")
     flags.DEFINE_float("heldout", 0.1, "share of the conversations that is held out")
-    app.run(main)
+    cli.run(main)

@@ -1,6 +1,6 @@
-"""Trains a tokenizer on the conversations of a JSON Lines file.
+"""Trains a tokenizer on the conversations of JSON Lines files.
 
-    python -m data_pipelines.tokenizers --data=train.jsonl --out=DIR --kind=bpe --vocab_size=8192
+    python -m data_pipelines.tokenizers --data='a.jsonl,b*.jsonl' --out=DIR --kind=bpe
 
 ``bpe`` is a byte-level BPE as BLOOM's: a folder with tokenizer.json, no BOS, and ``<unk>`` 0,
 ``<s>`` 1, ``</s>`` 2, ``<pad>`` 3. ``sentencepiece`` is LLaMA's: one tokenizer.model, with byte
@@ -9,19 +9,21 @@ fallback, ``<unk>`` 0, ``<s>`` 1, ``</s>`` 2, and no pad. The same file gives th
 
 from __future__ import annotations
 
+import glob
 import io
 import itertools
 import os
 import re
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 
+from llmzoo_jax import cli
 from llmzoo_jax.conversation import FORMATS, read_jsonl, render
+from llmzoo_jax.errors import InputError
 from llmzoo_jax.tokenizer import load_tokenizer
 
 KINDS = ("bpe", "sentencepiece")
@@ -32,23 +34,23 @@ SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>")
 BLOOM_WORDS = r" ?[^(\s|[.,!?…。，、।۔،])]+"
 
 
-def texts(data: str | Path) -> Iterator[str]:
+def texts(*data: str | Path) -> Iterator[str]:
     """The text that a model of ``data`` reads in format phoenix, cut at the special tokens.
 
     So the system text and the names of the roles are as frequent as they will be in training.
     """
-    for conversation in read_jsonl(data):
+    for conversation in itertools.chain.from_iterable(map(read_jsonl, data)):
         whole = "".join(s.text for s in render(conversation.messages, FORMATS["phoenix"]))
         yield from (text for text in re.split("</?s>", whole) if text)
 
 
-def train_bpe(data: str | Path, vocab_size: int):
+def train_bpe(*data: str | Path, vocab_size: int):
     """A transformers fast tokenizer like BLOOM's; ``vocab_size`` counts the special tokens too."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     if vocab_size < 256 + len(SPECIAL_TOKENS):
-        raise ValueError(
+        raise InputError(
             f"--vocab_size={vocab_size}: bytes and special tokens alone are 260 tokens"
         )
     backend = Tokenizer(models.BPE())
@@ -66,7 +68,7 @@ def train_bpe(data: str | Path, vocab_size: int):
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    backend.train_from_iterator(texts(data), trainer)
+    backend.train_from_iterator(texts(*data), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         unk_token="<unk>",
@@ -78,14 +80,14 @@ def train_bpe(data: str | Path, vocab_size: int):
     )
 
 
-def train_sentencepiece(data: str | Path, vocab_size: int) -> bytes:
-    """The bytes of a LLaMA-style ``tokenizer.model``; ValueError where the size does not fit.
+def train_sentencepiece(*data: str | Path, vocab_size: int) -> bytes:
+    """The bytes of a LLaMA-style ``tokenizer.model``; InputError where the size does not fit.
 
     Single characters take half of the vocabulary at most; the rarest are left to byte fallback.
     """
     import sentencepiece
 
-    lines = [line for text in texts(data) for line in text.split("\n") if line]
+    lines = [line for text in texts(*data) for line in text.split("\n") if line]
     counts = Counter(itertools.chain.from_iterable(lines))
     by_count = sorted(counts, key=lambda character: (-counts[character], character))
     rare = by_count[max(1, (vocab_size - 259) // 2) :]  # 256 bytes, 3 special tokens
@@ -115,34 +117,32 @@ def train_sentencepiece(data: str | Path, vocab_size: int) -> bytes:
             minloglevel=4,
         )
     except RuntimeError as error:
-        reason = str(error).rpartition("] ")[2]
-        raise ValueError(f"--vocab_size={vocab_size} does not fit {data}: {reason}") from error
+        reason, files = str(error).rpartition("] ")[2], ", ".join(map(str, data))
+        raise InputError(f"--vocab_size={vocab_size} does not fit {files}: {reason}") from error
     return model.getvalue()
 
 
 def define_flags() -> None:
     """Not done at import, so that other programs can use this module and flags of these names."""
-    flags.DEFINE_string("data", None, "JSON Lines file of conversations.", required=True)
+    flags.DEFINE_list(
+        "data", None, "JSON Lines files of conversations, or patterns such as cache/*.train.jsonl.",
+        required=True,
+    )  # fmt: skip
     flags.DEFINE_string("out", None, "Folder to write; safe to run again.", required=True)
     flags.DEFINE_enum("kind", "bpe", KINDS, "As BLOOM's (bpe) or as LLaMA's (sentencepiece).")
     flags.DEFINE_integer("vocab_size", 8192, "Tokens, special ones included.")
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown argument {argv[1]!r}")
-    data, vocab_size = flags.FLAGS.data, flags.FLAGS.vocab_size
-    out, kind = Path(flags.FLAGS.out), flags.FLAGS.kind
+def main(_: list[str]) -> None:
+    vocab_size, out, kind = flags.FLAGS.vocab_size, Path(flags.FLAGS.out), flags.FLAGS.kind
+    data = [path for name in flags.FLAGS.data for path in sorted(glob.glob(name)) or [name]]
     other = out / ("tokenizer.model" if kind == "bpe" else "tokenizer.json")
     if other.exists():
-        sys.exit(f"error: {other} is a tokenizer of another kind; give another --out, or remove it")
-    try:
-        if kind == "bpe":
-            tokenizer = train_bpe(data, vocab_size)
-        else:
-            model = train_sentencepiece(data, vocab_size)
-    except ValueError as error:  # ConversationError is one
-        sys.exit(f"error: {error}")
+        raise InputError(f"{other} is a tokenizer of another kind; give another --out")
+    if kind == "bpe":
+        tokenizer = train_bpe(*data, vocab_size=vocab_size)
+    else:
+        model = train_sentencepiece(*data, vocab_size=vocab_size)
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out) as folder:  # so that `out` has whole files only
         if kind == "bpe":
@@ -156,4 +156,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main)
+    cli.run(main)

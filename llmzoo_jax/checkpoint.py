@@ -22,8 +22,8 @@ from flax import nnx
 
 from llmzoo_jax import config as configs
 from llmzoo_jax import models
-from llmzoo_jax.cli import InputError
 from llmzoo_jax.config import Config, ModelConfig
+from llmzoo_jax.errors import InputError
 from llmzoo_jax.sharding import named_leaves, tree_shardings
 from llmzoo_jax.step import TrainState
 

@@ -7,10 +7,7 @@ from collections.abc import Callable, Sequence
 
 from absl import app, logging
 
-
-class InputError(ValueError):
-    """What the user gave is wrong: a file, a record, a key, a tensor. The message names it and
-    says what to do. Commands show it without a traceback and exit with 1."""
+from llmzoo_jax.errors import InputError
 
 
 def run(main: Callable[[list[str]], None], argv: Sequence[str] | None = None) -> None:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from llmzoo_jax.cli import InputError
+from llmzoo_jax.errors import InputError
 
 
 class ConfigError(InputError):

@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 from llmzoo_jax.chat_formats import FORMATS as FORMATS  # re-exported
 from llmzoo_jax.chat_formats import ChatFormat as ChatFormat
+from llmzoo_jax.errors import InputError
 
 Role = Literal["system", "user", "assistant", "tool"]
 ROLES: tuple[Role, ...] = ("system", "user", "assistant", "tool")
@@ -35,7 +36,7 @@ KINDS = (
 )
 
 
-class ConversationError(ValueError):
+class ConversationError(InputError):
     """A conversation is malformed; the message names the file, line or record and the turn."""
 
 

@@ -24,9 +24,9 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from tqdm import tqdm
 
-from llmzoo_jax.cli import InputError
 from llmzoo_jax.config import DataConfig, Source
 from llmzoo_jax.conversation import Conversation, in_languages, read_jsonl
+from llmzoo_jax.errors import InputError
 from llmzoo_jax.packing import Batch, PackingError, Plan, empty_rows, fill_rows, plan
 from llmzoo_jax.tokenizer import encode, fingerprint
 

@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 
 from llmzoo_jax import models
-from llmzoo_jax.cli import InputError
+from llmzoo_jax.errors import InputError
 from llmzoo_jax.models import KVCache
 
 WINDOW = 16  # tokens decoded in one call; a stop string is noticed at its end

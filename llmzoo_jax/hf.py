@@ -25,8 +25,8 @@ from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from llmzoo_jax import models
-from llmzoo_jax.cli import InputError
 from llmzoo_jax.config import BloomConfig, LlamaConfig, ModelConfig, RopeConfig
+from llmzoo_jax.errors import InputError
 from llmzoo_jax.sharding import named_leaves
 
 # ours -> (theirs, "their axes -> our axes"). {l} is the layer. Letters as in models/layers.py.

@@ -10,15 +10,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from llmzoo_jax.errors import InputError
+
 
 def from_sentencepiece(path: Path) -> Any:
-    """A transformers fast tokenizer from a ``tokenizer.model``; ValueError if it is no LLaMA's."""
+    """A transformers fast tokenizer from a ``tokenizer.model``; InputError if it is no LLaMA's."""
     from sentencepiece import sentencepiece_model_pb2
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    def refuse(why: str) -> ValueError:
-        return ValueError(
+    def refuse(why: str) -> InputError:
+        return InputError(
             f"tokenizer: {path} {why}; only LLaMA-style SentencePiece models are converted here."
             " Put a tokenizer.json beside it"
         )

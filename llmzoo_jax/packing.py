@@ -14,8 +14,10 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from llmzoo_jax.errors import InputError
 
-class PackingError(ValueError):
+
+class PackingError(InputError):
     """A record cannot be packed: ``record`` is its index."""
 
     def __init__(self, record: int, message: str):
@@ -78,9 +80,9 @@ def plan(
     """
     pairs = np.asarray(lengths, np.int64) - 1
     if pairs.ndim != 1 or not len(pairs):
-        raise ValueError("packing: there are no records to pack")
+        raise InputError("packing: there are no records to pack")
     if sequence_length < 1:
-        raise ValueError(f"packing: sequence_length must be 1 or more, not {sequence_length}")
+        raise InputError(f"packing: sequence_length must be 1 or more, not {sequence_length}")
     if pairs.min() < 1:
         record = int(pairs.argmin())
         raise PackingError(record, f"has {pairs[record] + 1} tokens, and it takes 2 to make a pair")

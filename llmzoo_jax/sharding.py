@@ -15,8 +15,8 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from llmzoo_jax.cli import InputError
 from llmzoo_jax.config import MeshConfig
+from llmzoo_jax.errors import InputError
 
 AXES = ("replica", "fsdp", "tensor", "sequence")
 

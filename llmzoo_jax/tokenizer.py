@@ -32,6 +32,7 @@ from llmzoo_jax.conversation import (
     check_messages,
     render,
 )
+from llmzoo_jax.errors import InputError
 from llmzoo_jax.llama_tokenizer import from_sentencepiece
 
 
@@ -52,7 +53,7 @@ def load_tokenizer(path: str | Path) -> Any:
     ``tokenizer.json`` is taken as it is, whatever class ``tokenizer_config.json`` names: some of
     the classes of transformers 5 rebuild the tokenizer by rules of their own (LlamaTokenizer drops
     the normalizer, so that the first word after a special token gets other ids). Nothing is
-    downloaded. Raises ValueError that says what was looked for.
+    downloaded. Raises InputError that says what was looked for.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -62,7 +63,7 @@ def load_tokenizer(path: str | Path) -> Any:
     if path.is_file():
         return from_sentencepiece(path)
     if not path.is_dir():
-        raise ValueError(
+        raise InputError(
             f"tokenizer: no folder or file {str(path)!r}; give a folder that has a tokenizer.json"
             " or a SentencePiece tokenizer.model, or the path of a tokenizer.model"
         )
@@ -70,13 +71,13 @@ def load_tokenizer(path: str | Path) -> Any:
         try:
             return PreTrainedTokenizerFast.from_pretrained(str(path), local_files_only=True)
         except Exception as error:
-            raise ValueError(
+            raise InputError(
                 f"tokenizer: cannot read {path / 'tokenizer.json'}: {error}"
             ) from error
     if (path / "tokenizer.model").is_file():
         return from_sentencepiece(path / "tokenizer.model")
     names = ", ".join(sorted(p.name for p in path.iterdir())[:20]) or "nothing"
-    raise ValueError(
+    raise InputError(
         f"tokenizer: {path} has no tokenizer.json and no tokenizer.model (it has {names});"
         " convert a slow tokenizer first: AutoTokenizer.from_pretrained(...).save_pretrained(...)"
     )
@@ -107,7 +108,7 @@ def resolve_format(name: str, tokenizer: Any) -> ChatFormat:
     """The chat format ``name`` on this tokenizer: its BOS comes first where the tokenizer adds one.
 
     ``"tokenizer"`` is the tokenizer's own chat template, which writes BOS itself or not at all.
-    Raises ValueError for an unknown name, and where a special token of the format is not one token.
+    Raises InputError for an unknown name, and where a special token of the format is not one token.
     """
     if name == "tokenizer":
         return _own_format(tokenizer)
@@ -115,7 +116,7 @@ def resolve_format(name: str, tokenizer: Any) -> ChatFormat:
         names = [*FORMATS, "tokenizer"]
         near = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"unknown chat format {name!r}; {hint}There are {', '.join(names)}")
+        raise InputError(f"unknown chat format {name!r}; {hint}There are {', '.join(names)}")
     chat_format = FORMATS[name]
     for token in chat_format.special_tokens:
         _check_token(token, tokenizer, name)
@@ -141,7 +142,7 @@ def _added_before(tokenizer: Any) -> str:
 def _check_token(token: str, tokenizer: Any, name: str) -> None:
     ids = tokenizer(token, add_special_tokens=False).input_ids
     if len(ids) != 1 or tokenizer.convert_ids_to_tokens(ids[0]) != token:
-        raise ValueError(
+        raise InputError(
             f"chat format {name!r} needs {token!r} as one token, and this tokenizer has no such"
             " token; use another chat format, or add it to the tokenizer and its row to the model"
         )
@@ -203,7 +204,7 @@ def _own_format(tokenizer: Any) -> ChatFormat:
     if isinstance(source, dict):  # several templates: apply_chat_template takes this one, too
         source = source.get("default")
     if not source:
-        raise ValueError(
+        raise InputError(
             "chat format 'tokenizer' is the tokenizer's own chat template, and it has none; use"
             f" one of {', '.join(FORMATS)}"
         )
@@ -211,10 +212,10 @@ def _own_format(tokenizer: Any) -> ChatFormat:
     try:
         probe = template.text([Message("user", "question"), Message("assistant", "answer")])
     except ConversationError as error:
-        raise ValueError(f"chat format 'tokenizer': {error}") from error
+        raise InputError(f"chat format 'tokenizer': {error}") from error
     closing = probe.rpartition("answer")[2]
     if not closing.strip():
-        raise ValueError(
+        raise InputError(
             "chat format 'tokenizer': the template writes nothing after an answer, so a model could"
             f" not learn to stop; use one of {', '.join(FORMATS)}"
         )

@@ -24,9 +24,9 @@ from tqdm import tqdm
 from llmzoo_jax import checkpoint, cli, hf, metrics, models, optim, sharding
 from llmzoo_jax import config as configs
 from llmzoo_jax import step as steps
-from llmzoo_jax.cli import InputError
 from llmzoo_jax.config import Config, ConfigError, ModelConfig
 from llmzoo_jax.data import heldout_batches, train_data
+from llmzoo_jax.errors import InputError
 from llmzoo_jax.metrics import say
 from llmzoo_jax.tokenizer import load_tokenizer, resolve_format, save_tokenizer
 

@@ -62,7 +62,7 @@ def test_an_unknown_format_suggests_one_and_a_missing_token_is_named():
         resolve_format("phenix", tiny("bpe"))
     with pytest.raises(ValueError, match=r"There are phoenix, alpaca.*, tokenizer"):
         resolve_format("zzzz", tiny("bpe"))
-    plain = train_bpe(data(), 300)
+    plain = train_bpe(data(), vocab_size=300)
     for name, token in (("chatml", "<|im_start|>"), ("llama-3", "<|start_header_id|>")):
         with pytest.raises(ValueError, match=f"{name}.*needs '{re.escape(token)}' as one token"):
             resolve_format(name, plain)
@@ -195,7 +195,7 @@ def test_a_template_is_served_as_it_is_even_where_it_rewrites_history():
 
 
 def test_the_tokens_of_a_template_may_not_be_typed_even_if_the_tokenizer_has_them_unmarked():
-    tokenizer = train_bpe(data(), 400)
+    tokenizer = train_bpe(data(), vocab_size=400)
     tokenizer.add_tokens(["<turn>", "user", "  "])
     tokenizer.chat_template = TEMPLATE.replace("<s>", "<turn>")
     own = resolve_format("tokenizer", tokenizer)

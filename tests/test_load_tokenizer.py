@@ -29,7 +29,7 @@ def tokenizer(request):
 
 
 def test_a_sentencepiece_model_loads_from_its_path_and_from_a_folder_that_has_only_it(tmp_path):
-    (tmp_path / "tokenizer.model").write_bytes(train_sentencepiece(data(), 700))
+    (tmp_path / "tokenizer.model").write_bytes(train_sentencepiece(data(), vocab_size=700))
     for path in (tmp_path, str(tmp_path), tmp_path / "tokenizer.model"):
         tokenizer = load_tokenizer(path)
         assert tokenizer.convert_ids_to_tokens([0, 1, 2]) == ["<unk>", "<s>", "</s>"]
@@ -43,7 +43,7 @@ def test_a_sentencepiece_model_loads_from_its_path_and_from_a_folder_that_has_on
 def test_a_converted_model_gives_the_ids_of_the_sentencepiece_library():
     import sentencepiece
 
-    model = train_sentencepiece(data(), 900)
+    model = train_sentencepiece(data(), vocab_size=900)
     theirs = sentencepiece.SentencePieceProcessor(model_proto=model)
     ours = llama_tokenizer(model)
 

@@ -62,8 +62,8 @@ def tokenizer(request, conversations, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     write_jsonl(folder / "train.jsonl", conversations[:60])
     if request.param == "bpe":
-        return train_bpe(folder / "train.jsonl", 2000)
-    model = train_sentencepiece(folder / "train.jsonl", 3000)
+        return train_bpe(folder / "train.jsonl", vocab_size=2000)
+    model = train_sentencepiece(folder / "train.jsonl", vocab_size=3000)
     (folder / "tokenizer.model").write_bytes(model)
     return load_tokenizer(folder / "tokenizer.model")
 

@@ -188,7 +188,7 @@ def test_text_that_the_tokenizer_cannot_represent_is_refused_by_name(unk):
 
 
 def test_a_byte_level_tokenizer_that_lacks_bytes_is_found_out():
-    tokenizer = train_bpe(data(), 400)
+    tokenizer = train_bpe(data(), vocab_size=400)
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     missing = next(c for c, byte in BYTES.items() if byte == 0xBC)  # of "ü", the second byte
     merges = [m for m in state["model"]["merges"] if missing not in "".join(m)]
@@ -211,8 +211,8 @@ def test_an_end_token_that_is_also_unk_is_not_taken_for_lost_text():
 
 
 def test_white_space_that_spans_leave_out_goes_with_the_token_after_it():
-    tokenizer = train_bpe(data(), 400)
-    trimming = train_bpe(data(), 400)
+    tokenizer = train_bpe(data(), vocab_size=400)
+    trimming = train_bpe(data(), vocab_size=400)
     trimming.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
     example = conversation("  a  b ", "  x \n\n y ", " c", " d  ")
     for name in ("phoenix", "vicuna", "alpaca"):

@@ -36,7 +36,7 @@ def test_a_trained_tokenizer_is_blooms_or_llamas_and_the_same_bytes_each_time(tm
 
 
 def test_a_trained_bpe_has_blooms_tokens_loses_nothing_and_knows_the_format():
-    tokenizer = train_bpe(data(), 800)
+    tokenizer = train_bpe(data(), vocab_size=800)
     assert tokenizer.convert_ids_to_tokens([0, 1, 2, 3]) == ["<unk>", "<s>", "</s>", "<pad>"]
     assert tokenizer.pad_token_id == 3 and tokenizer("x").input_ids[0] != 1
 
@@ -54,13 +54,13 @@ def test_a_trained_bpe_has_blooms_tokens_loses_nothing_and_knows_the_format():
 
 def test_a_tokenizer_that_cannot_be_trained_says_why(tmp_path):
     with pytest.raises(ConversationError, match=r"none\.jsonl"):
-        train_bpe(tmp_path / "none.jsonl", 500)
+        train_bpe(tmp_path / "none.jsonl", vocab_size=500)
     with pytest.raises(ValueError, match=r"--vocab_size=100: .*260"):
-        train_bpe(data(), 100)
+        train_bpe(data(), vocab_size=100)
     with pytest.raises(ValueError, match=r"99999 does not fit .*train\.jsonl"):
-        train_sentencepiece(data(), 99999)
+        train_sentencepiece(data(), vocab_size=99999)
     for size in (264, 330):  # hardly a character: the rest are bytes
-        tokenizer = llama_tokenizer(train_sentencepiece(data(), size))
+        tokenizer = llama_tokenizer(train_sentencepiece(data(), vocab_size=size))
         assert tokenizer.decode(tokenizer(SENTENCES[2]).input_ids, True) == SENTENCES[2]
     done = run(f"--data={tmp_path / 'none.jsonl'}", f"--out={tmp_path / 'out'}")
     assert done.returncode == 1 and "error: " in done.stderr and "Traceback" not in done.stderr

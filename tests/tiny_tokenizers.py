@@ -54,9 +54,9 @@ def data() -> Path:
 def tiny(kind: str):
     """A tokenizer that knows the special tokens of every format."""
     if kind == "bpe":
-        tokenizer = train_bpe(data(), 600)
+        tokenizer = train_bpe(data(), vocab_size=600)
     else:
-        tokenizer = llama_tokenizer(train_sentencepiece(data(), 700))
+        tokenizer = llama_tokenizer(train_sentencepiece(data(), vocab_size=700))
     more = {t for f in FORMATS.values() for t in f.special_tokens} - {"<s>", "</s>"}
     tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in sorted(more)])
     return tokenizer

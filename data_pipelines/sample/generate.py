@@ -23,9 +23,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from absl import app, flags
+from absl import flags
 
+from llmzoo_jax import cli
 from llmzoo_jax.conversation import Conversation, Message, write_jsonl
+from llmzoo_jax.errors import InputError
 
 HERE = Path(__file__).parent
 SOURCE, LICENSE = "llmzoo-sample", "CC0-1.0"
@@ -44,7 +46,7 @@ SUMS, TRANSLATIONS = 4, 5  # how many facts of these types a language has
 ROLE_QUESTIONS, CONVERSATIONS = 16, 8
 
 
-class SampleError(ValueError):
+class SampleError(InputError):
     """A language's file is not in order; the message names the file and the key."""
 
 
@@ -300,13 +302,8 @@ def stats(train: list[Conversation], heldout: list[Conversation]) -> str:
     return "\n".join(lines + [f"{count:>6}  {kind}" for kind, count in sorted(kinds.items())])
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}")
-    try:
-        made = generate(Path(flags.FLAGS.out))
-    except SampleError as error:
-        sys.exit(f"error: {error}")
+def main(_: list[str]) -> None:
+    made = generate(Path(flags.FLAGS.out))
     if flags.FLAGS.stats:
         print(stats(*made))
 
@@ -315,4 +312,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("out", None, "folder to write train.jsonl and heldout.jsonl to")
     flags.DEFINE_bool("stats", False, "print how much there is of each language and kind")
     flags.mark_flag_as_required("out")
-    app.run(main)
+    cli.run(main)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, TextIO
 
 from llmzoo_jax.conversation import Conversation, Message
+from llmzoo_jax.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Dropped:
     detail: str = ""
 
 
-class Unusable(ValueError):
+class Unusable(InputError):
     """A record cannot be read: the reason is counted, the detail is for people."""
 
     def __init__(self, reason: str, detail: str = ""):
@@ -62,7 +63,7 @@ def convert(
 def read_records(path: str) -> Iterator[tuple[str, dict[str, Any] | Unusable]]:
     """``file:number`` and the object, of a JSON list or of JSON Lines (whatever the file's name).
 
-    Numbers are those of lines in JSON Lines, of records in a list. Raises ValueError where the file
+    Numbers are those of lines in JSON Lines, of records in a list. Raises InputError where the file
     is not UTF-8, or a list is broken.
     """
     name = os.path.basename(path)
@@ -83,7 +84,7 @@ def _whole(file: TextIO) -> Any:
     try:
         return json.load(file)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{file.name}: not JSON: {error}") from error
+        raise InputError(f"{file.name}: not JSON: {error}") from error
 
 
 def _json_or_error(line: str) -> Any:

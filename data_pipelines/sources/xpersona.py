@@ -12,6 +12,7 @@ from typing import Any
 
 from data_pipelines.sources import Dropped, Unusable, convert, list_of
 from llmzoo_jax.conversation import Conversation, Message
+from llmzoo_jax.errors import InputError
 
 LANGUAGES = {
     "En": "en", "Fr": "fr", "Id": "id", "It": "it", "Jp": "ja", "Ko": "ko", "Zh": "zh",
@@ -19,10 +20,10 @@ LANGUAGES = {
 
 
 def conversations(path: str, **about: str) -> Iterator[Conversation | Dropped]:
-    """See ``sources.convert``; raises ValueError where the file's name has no known language."""
+    """See ``sources.convert``; raises InputError where the file's name has no known language."""
     code = os.path.basename(path).partition("_")[0]
     if code not in LANGUAGES:
-        raise ValueError(f"{path}: the name must start with one of {', '.join(LANGUAGES)} and _")
+        raise InputError(f"{path}: the name must start with one of {', '.join(LANGUAGES)} and _")
     return convert(path, to_messages, lang=LANGUAGES[code], **about)
 
 
