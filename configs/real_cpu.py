@@ -72,7 +72,7 @@ def get_config(family: str = "phoenix") -> Config:
             batch_size=4,
         ),
         optim=OptimConfig(
-            learning_rate=2e-3, epochs=1, b2=0.98, warmup_ratio=0.05, final_ratio=0.05
+            learning_rate=2e-3, epochs=0.5, b2=0.98, warmup_ratio=0.05, final_ratio=0.05
         ),
         compute=ComputeConfig(loss_chunk=1024),
         log_every=20,

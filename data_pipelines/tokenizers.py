@@ -37,10 +37,15 @@ BLOOM_WORDS = r" ?[^(\s|[.,!?…。，、।۔،])]+"
 def texts(*data: str | Path) -> Iterator[str]:
     """The text that a model of ``data`` reads in format phoenix, cut at the special tokens.
 
-    So the system text and the names of the roles are as frequent as they will be in training.
+    So the system text and the names of the roles are as frequent as they will be in training. Of
+    tool calls, for which phoenix has no turn, the bare contents are taken.
     """
     for conversation in itertools.chain.from_iterable(map(read_jsonl, data)):
-        whole = "".join(s.text for s in render(conversation.messages, FORMATS["phoenix"]))
+        messages = conversation.messages
+        if any(message.role == "tool" for message in messages):
+            yield from (message.content for message in messages)
+            continue
+        whole = "".join(s.text for s in render(messages, FORMATS["phoenix"]))
         yield from (text for text in re.split("</?s>", whole) if text)
 
 
