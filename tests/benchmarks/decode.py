@@ -1,0 +1,135 @@
+"""Decoding speed: generate.generate against transformers on torch, the same weights, greedy.
+
+    python -m tests.benchmarks.decode --family=llama --rounds=3 --out=decode-llama.json
+
+Makes a random model, then runs ours, torch, ours, torch, .. with it. Both continue the same
+prompts by the same number of tokens, in float32 with a key/value cache; the first call of each
+batch size (which compiles) is reported apart. The tokens of both sides are compared.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+
+import numpy as np
+from absl import app, flags
+
+from tests.benchmarks import sides
+
+BATCHES = flags.DEFINE_list("batches", ["1", "16"], "Batch sizes.")
+PROMPT = flags.DEFINE_integer("prompt", 32, "Tokens of each prompt.")
+NEW = flags.DEFINE_integer("new", 128, "Tokens to decode for each prompt.")
+CALLS = flags.DEFINE_integer("calls", 3, "Timed calls in each round, for each batch size.")
+
+
+def ours() -> Callable[[np.ndarray], list[list[int]]]:
+    from llmzoo_jax import generate
+
+    model = generate.prepare(sides.our_model(sides.WORK.value)[1])
+    sampling = generate.Sampling(max_new_tokens=NEW.value)
+
+    def decode(prompts):
+        rows = generate.generate(model, prompts.tolist(), sampling=sampling)
+        return [row.tokens for row in rows]
+
+    return decode
+
+
+def torch() -> Callable[[np.ndarray], list[list[int]]]:
+    import torch
+
+    model = sides.torch_model(sides.WORK.value).eval()
+    model.generation_config.eos_token_id = None  # every row decodes to the full length
+    model.generation_config.pad_token_id = 0
+
+    def decode(prompts):
+        ids = torch.from_numpy(prompts)
+        with torch.inference_mode():
+            out = model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                use_cache=True,
+                max_new_tokens=NEW.value,
+            )
+        return out[:, PROMPT.value :].tolist()
+
+    return decode
+
+
+def run_side() -> dict:
+    decode = {"ours": ours, "torch": torch}[sides.SIDE.value]()
+    rng = np.random.default_rng(0)
+    prompts = {B: rng.integers(4, 8192, (int(B), PROMPT.value)) for B in BATCHES.value}
+    ready, first, tokens = sides.since_start(), {}, {}
+    for B in BATCHES.value:
+        start = time.perf_counter()
+        tokens[B] = decode(prompts[B])
+        first[B] = time.perf_counter() - start
+    seconds = {B: [] for B in BATCHES.value}
+    with sides.load_watch() as load:
+        for B in BATCHES.value:
+            for _ in range(CALLS.value):
+                start = time.perf_counter()
+                again = decode(prompts[B])
+                seconds[B].append(time.perf_counter() - start)
+                assert again == tokens[B]
+    speed = {
+        f"tokens_per_s_{B}": int(B) * NEW.value / statistics.median(seconds[B])
+        for B in BATCHES.value
+    }
+    first = {f"first_call_s_{B}": first[B] for B in BATCHES.value}
+    return load | speed | first | {"ready_s": ready, "seconds": seconds, "tokens": tokens}
+
+
+def compare() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        size = sides.write_model(folder)
+        rounds = sides.alternate("tests.benchmarks.decode", folder)
+    rows, summary = [], {}
+    for B in BATCHES.value:
+        tokens = {side: sides.kept(rounds, side)[0]["tokens"][B] for side in sides.SIDES}
+        same = np.equal(tokens["ours"], tokens["torch"])
+        speed, first = (
+            [sides.median(rounds, side, f"{key}_{B}") for side in sides.SIDES]
+            for key in ("tokens_per_s", "first_call_s")
+        )
+        summary[B] = {
+            "tokens_per_s": speed,
+            "ratio": speed[0] / speed[1],
+            "first_call_s": first,
+            "equal_tokens": float(same.mean()),
+        }
+        rows.append(
+            [
+                f"{sides.FAMILY.value}, batch {B}",
+                *(f"{x:,.0f}" for x in speed),
+                f"{speed[0] / speed[1]:.2f}",
+                *(f"{x:.1f}" for x in first),
+                f"{same.sum():,} of {same.size:,}",
+            ]
+        )
+    head = ["decode", "ours, tok/s", "torch, tok/s", "ratio", "ours, first call, s"]
+    print(f"\n{size:,} parameters; prompts of {PROMPT.value}, {NEW.value} new tokens, float32\n")
+    print(sides.table([*head, "torch, first call, s", "equal tokens"], rows))
+    for result in rounds:
+        del result["tokens"]
+    flags_ = {"family": sides.FAMILY.value, "prompt": PROMPT.value, "new": NEW.value}
+    sides.write_result(flags_ | {"parameters": size, "summary": summary, "rounds": rounds})
+
+
+def main(argv: list[str]) -> None:
+    if argv[1:]:
+        raise app.UsageError(f"unknown argument {argv[1]!r}; options are written --NAME=VALUE")
+    if sides.SIDE.value:
+        print(json.dumps(run_side()))
+    else:
+        compare()
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,319 @@
+"""Training speed: the jitted train step against a torch loop with transformers, on the same model.
+
+    python -m tests.benchmarks.train --case=rows --family=llama --rounds=3 --out=rows.json
+    python -m tests.benchmarks.train --case=conversations --micro_batch=4 --out=conversations.json
+
+Makes a random model, then runs ours, torch, ours, torch, .. with it: AdamW, clipping, float32. Steps
+that compile or warm up are reported apart. Reading data is left out on both sides.
+
+--case=rows: both sides get the same rows of random tokens, all of them in the loss.
+
+--case=conversations: both sides get conversations of the raw data in --shared, in format phoenix,
+by a tokenizer that is trained on them, and what counts is loss tokens per second. Ours are packed
+rows, --batch_size of --length. Torch's are as LLM Zoo trains: shuffled, cut on the right to
+--length, one a row, padded to the longest of --micro_batch rows, accumulated over so many
+conversations a step that a step of both sides has about the same number of tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from absl import app, flags
+
+from llmzoo_jax.packing import Batch
+from tests.benchmarks import sides
+
+CASE = flags.DEFINE_enum("case", "rows", ["rows", "conversations"], "See above.")
+LENGTH = flags.DEFINE_integer(
+    "length", None, "Tokens of a row (T); 512 for rows, else 1024, by default."
+)
+BATCH_SIZE = flags.DEFINE_integer(
+    "batch_size", None, "Rows of our batch; 8 for rows, else 4, by default."
+)
+MICRO_BATCH = flags.DEFINE_integer(
+    "micro_batch", 4, "Conversations that torch computes at once; LLM Zoo: 4 for 7B, 1 for 13B."
+)
+STEPS = flags.DEFINE_integer("steps", 3, "Timed steps in each round, each with its own batch.")
+LOSS_CHUNK = flags.DEFINE_integer(
+    "loss_chunk", None, "compute.loss_chunk of ours; 0 for rows, else 1024, by default."
+)
+SHARED = flags.DEFINE_string("shared", "../shared/data", "Folder of the raw conversations.")
+
+SOURCES = ("sharegpt_zh", "alpaca_en", "alpaca_zh", "xpersona")
+WARMUP = 1  # steps before the timed ones
+VOCAB = 8192
+LEARNING_RATE = 2e-5
+
+
+class Padded(NamedTuple):
+    """A batch of torch's, one conversation a row; arrays are [B, T]."""
+
+    tokens: np.ndarray  # int64
+    targets: np.ndarray  # int64, the token after tokens; -100 where it is not in the loss
+    mask: np.ndarray | None  # int64, 0 on padding; None: there is none
+
+
+# --- data: the steps of both sides, made before any is timed ------------------------------------
+
+
+def random_rows() -> tuple[list[Batch], list[list[Padded]]]:
+    """The same rows for both sides. A step of torch is a list of batches to accumulate."""
+    rng = np.random.default_rng(0)
+    B, T = BATCH_SIZE.value, LENGTH.value
+    ours, theirs = [], []
+    for _ in range(WARMUP + STEPS.value):
+        rows = rng.integers(4, VOCAB, (B, T + 1))
+        tokens, targets = rows[:, :-1], rows[:, 1:]
+        ours.append(
+            Batch(
+                tokens=tokens.astype(np.int32),
+                targets=targets.astype(np.int32),
+                loss_mask=np.ones((B, T), bool),
+                segment_ids=np.ones((B, T), np.int32),
+                positions=np.broadcast_to(np.arange(T, dtype=np.int32), (B, T)),
+            )
+        )
+        theirs.append([Padded(tokens, targets, None)])
+    return ours, theirs
+
+
+def conversations(folder: str) -> tuple[list[Batch], list[list[Padded]]]:
+    """Packed rows for ours; for torch, as many conversations a step as hold as many tokens."""
+    from data_pipelines.build import RECIPES, build
+    from data_pipelines.tokenizers import train_bpe
+    from llmzoo_jax.config import DataConfig, Source
+    from llmzoo_jax.data import train_data
+    from llmzoo_jax.tokenizer import resolve_format
+
+    sources = tuple(row for row in RECIPES["real"] if row.name in SOURCES)
+    build(sources, shared=SHARED.value, out=folder, heldout=0.0)
+    files = [f"{folder}/{row.name}.train.jsonl" for row in sources]
+    tokenizer = train_bpe(*files, vocab_size=VOCAB)
+    T, steps = LENGTH.value, WARMUP + STEPS.value
+    config = DataConfig(
+        train=tuple(Source(path=path) for path in files),
+        sequence_length=T,
+        batch_size=BATCH_SIZE.value,
+        cache_dir=f"{folder}/cache",
+    )
+    chat_format = resolve_format("phoenix", tokenizer)
+    data = train_data(config, tokenizer=tokenizer, chat_format=chat_format, seed=0)
+    print(data.report)
+    examples = [file[i] for part in data.parts for file in part.files for i in range(len(file))]
+    pairs = np.minimum([len(tokens) - 1 for tokens, _ in examples], T)
+    micro = MICRO_BATCH.value
+    count = max(1, round(BATCH_SIZE.value * T / pairs.mean() / micro))  # micro batches a step
+    order = iter(np.random.default_rng(0).permutation(len(examples)).tolist())
+    theirs = [
+        [pad([examples[next(order)] for _ in range(micro)], T) for _ in range(count)]
+        for _ in range(steps)
+    ]
+    return [data.batch(step) for step in range(steps)], theirs
+
+
+def pad(examples: Sequence[tuple[np.ndarray, np.ndarray]], limit: int) -> Padded:
+    lengths = [min(len(tokens) - 1, limit) for tokens, _ in examples]
+    shape = (len(examples), max(lengths))
+    batch = Padded(np.full(shape, 3), np.full(shape, -100), np.zeros(shape, np.int64))
+    for i, ((tokens, in_loss), n) in enumerate(zip(examples, lengths, strict=True)):
+        batch.tokens[i, :n] = tokens[:n]
+        batch.targets[i, :n] = np.where(in_loss, tokens, -100)[1 : n + 1]
+        batch.mask[i, :n] = 1
+    return batch
+
+
+def count_tokens(ours: list[Batch], theirs: list[list[Padded]]) -> dict:
+    """Positions that the timed steps compute, those that are no padding, and those in the loss."""
+    flat = [batch for step in theirs[WARMUP:] for batch in step]
+    real = sum(b.tokens.size if b.mask is None else int(b.mask.sum()) for b in flat)
+    return {
+        "ours": {
+            "positions": sum(b.tokens.size for b in ours[WARMUP:]),
+            "tokens": sum(int((b.segment_ids > 0).sum()) for b in ours[WARMUP:]),
+            "loss_tokens": sum(int(b.loss_mask.sum()) for b in ours[WARMUP:]),
+        },
+        "torch": {
+            "positions": sum(b.tokens.size for b in flat),
+            "tokens": real,
+            "loss_tokens": sum(int((b.targets >= 0).sum()) for b in flat),
+        },
+    }
+
+
+def save(path: Path, steps: list[list[NamedTuple]]) -> None:
+    names = {
+        f"{i}.{j}.{key}": array
+        for i, step in enumerate(steps)
+        for j, batch in enumerate(step)
+        for key, array in batch._asdict().items()
+        if array is not None
+    }
+    np.savez(path, **names)
+
+
+def load(path: Path, kind: type) -> Iterator[list[NamedTuple]]:
+    with np.load(path) as arrays:
+        keys = sorted({tuple(map(int, name.split(".")[:2])) for name in arrays})
+        for step in range(keys[-1][0] + 1):
+            yield [
+                kind(*(arrays.get(f"{step}.{j}.{field}") for field in kind._fields))
+                for i, j in keys
+                if i == step
+            ]
+
+
+# --- the sides: each gives a function that does a step and returns its mean loss -----------------
+
+
+def ours(folder: Path) -> Callable[[list[Batch]], float]:
+    import jax
+
+    from llmzoo_jax import optim, sharding
+    from llmzoo_jax import step as steps
+    from llmzoo_jax.config import ComputeConfig, MeshConfig, OptimConfig
+
+    config = OptimConfig(learning_rate=LEARNING_RATE, schedule="constant", warmup_ratio=0.0)
+    tx = optim.make_optimizer(config, WARMUP + STEPS.value)
+    mesh = sharding.make_mesh(MeshConfig())
+    jax.set_mesh(mesh)
+    state = steps.start_state(sides.our_model(str(folder))[1], tx)
+    shardings = sharding.tree_shardings(state, mesh)
+    state = jax.device_put(state, shardings)
+    compute = ComputeConfig(loss_chunk=LOSS_CHUNK.value)
+    train_step = steps.jit_train_step(tx, compute, config.accumulation, shardings)
+    place = sharding.batch_sharding(mesh, (BATCH_SIZE.value, LENGTH.value))
+
+    def step(batches: list[Batch]) -> float:
+        nonlocal state
+        state, metrics = train_step(state, jax.device_put(batches[0], place))
+        return float(metrics.loss)
+
+    return step
+
+
+def torch(folder: Path) -> Callable[[list[Padded]], float]:
+    import torch
+
+    model = sides.torch_model(str(folder)).train()
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=LEARNING_RATE, weight_decay=0.0, fused=True
+    )
+    summed = functools.partial(
+        torch.nn.functional.cross_entropy, ignore_index=-100, reduction="sum"
+    )
+
+    def step(batches: list[Padded]) -> float:
+        count = sum(int((batch.targets >= 0).sum()) for batch in batches)
+        total = 0.0
+        for batch in batches:
+            mask = None if batch.mask is None else torch.from_numpy(batch.mask)
+            ids = torch.from_numpy(batch.tokens)
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            targets = torch.from_numpy(batch.targets)
+            loss = summed(logits.flatten(0, 1), targets.flatten()) / count
+            loss.backward()
+            total += float(loss.detach())
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return total
+
+    return step
+
+
+def run_side() -> dict:
+    folder = Path(sides.WORK.value)
+    make, kind = {"ours": (ours, Batch), "torch": (torch, Padded)}[sides.SIDE.value]
+    batches = list(load(folder / f"{sides.SIDE.value}.npz", kind))
+    step = make(folder)
+    losses = [step(batch) for batch in batches[:WARMUP]]
+    result = {"first_step_s": sides.since_start()}
+    seconds = []
+    with sides.load_watch() as watch:
+        for batch in batches[WARMUP:]:
+            start = time.perf_counter()
+            losses.append(step(batch))
+            seconds.append(time.perf_counter() - start)
+    return result | watch | {"seconds": seconds, "losses": losses}
+
+
+# --- both ---------------------------------------------------------------------------------------
+
+
+def compare() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        size = sides.write_model(name)
+        steps = random_rows() if CASE.value == "rows" else conversations(f"{name}/data")
+        save(folder / "ours.npz", [[batch] for batch in steps[0]])
+        save(folder / "torch.npz", steps[1])
+        rounds = sides.alternate("tests.benchmarks.train", name)
+    counts = count_tokens(*steps)
+    for result in rounds:
+        result |= counts[result["side"]]
+        result["loss_tokens_per_s"] = result["loss_tokens"] / sum(result["seconds"])
+        result["positions_per_s"] = result["positions"] / sum(result["seconds"])
+    rows, summary = [], {}
+    for side in sides.SIDES:
+        used = sides.kept(rounds, side)
+        speeds = [r["loss_tokens_per_s"] for r in used]
+        summary[side] = counts[side] | {
+            "loss_tokens_per_s": statistics.median(speeds),
+            "positions_per_s": sides.median(rounds, side, "positions_per_s"),
+            "first_step_s": sides.median(rounds, side, "first_step_s"),
+            "padding": 1 - counts[side]["tokens"] / counts[side]["positions"],
+            "losses": used[0]["losses"],
+        }
+        mine = summary[side]
+        rows.append(
+            [
+                side,
+                f"{mine['loss_tokens_per_s']:,.0f}",
+                f"{min(speeds):,.0f} to {max(speeds):,.0f}",
+                f"{mine['positions_per_s']:,.0f}",
+                f"{mine['padding']:.1%}",
+                f"{mine['first_step_s']:.1f}",
+                f"{len(used)}",
+                f"{mine['losses'][0]:.5f}",
+            ]
+        )
+    head = ["side", "loss tokens/s", "in rounds", "positions/s", "padding", "first step, s"]
+    ratio = summary["ours"]["loss_tokens_per_s"] / summary["torch"]["loss_tokens_per_s"]
+    print(f"\n{CASE.value}, {sides.FAMILY.value}, {size:,} parameters, float32, {settings()}\n")
+    print(sides.table([*head, "rounds", "first loss"], rows))
+    print(f"\nours / torch: {ratio:.2f}")
+    sides.write_result(
+        settings() | {"parameters": size, "ratio": ratio, "summary": summary, "rounds": rounds}
+    )
+
+
+def settings() -> dict:
+    own = (CASE, LENGTH, BATCH_SIZE, LOSS_CHUNK, STEPS)
+    own += (MICRO_BATCH,) if CASE.value == "conversations" else ()
+    return {"family": sides.FAMILY.value} | {flag.name: flag.value for flag in own}
+
+
+def main(argv: list[str]) -> None:
+    if argv[1:]:
+        raise app.UsageError(f"unknown argument {argv[1]!r}; options are written --NAME=VALUE")
+    defaults = {"rows": (512, 8, 0), "conversations": (1024, 4, 1024)}[CASE.value]
+    for flag, default in zip((LENGTH, BATCH_SIZE, LOSS_CHUNK), defaults, strict=True):
+        if flag.value is None:
+            flags.FLAGS[flag.name].value = default
+    if sides.SIDE.value:
+        print(json.dumps(run_side()))
+    else:
+        compare()
+
+
+if __name__ == "__main__":
+    app.run(main)
