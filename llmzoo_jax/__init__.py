@@ -4,6 +4,8 @@
 
     model = llmzoo_jax.load("path/to/a/hugging-face-or-run-folder")
     print(model.chat([{"role": "user", "content": "Hello!"}]).text)
+
+The rest is commands, such as ``python -m llmzoo_jax.train --help``.
 """
 
 from __future__ import annotations

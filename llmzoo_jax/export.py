@@ -3,9 +3,9 @@
     python -m llmzoo_jax.export --run=runs/quickstart-phoenix
 
 The folder has safetensors with their index, config.json, generation_config.json, the tokenizer
-with its chat template, a model card with the figures of the run, and its loss plot. transformers,
-vLLM and llmzoo_jax.load read it. It appears whole or not at all; the same command again replaces
-it by an export of the checkpoint that is then the newest.
+with its chat template, a model card with the figures of the run, and its loss plot; transformers
+and llmzoo_jax.load read it. It appears whole or not at all. The same command again replaces it by
+an export of the checkpoint that is then the newest.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from safetensors import SafetensorError
 
 from llmzoo_jax import checkpoint, cli, hf, model_card, models
 from llmzoo_jax import config as configs
-from llmzoo_jax.cli import InputError
-from llmzoo_jax.inference import find_run_format, stop_token_ids
+from llmzoo_jax.errors import InputError
+from llmzoo_jax.inference import stop_token_ids
 from llmzoo_jax.metrics import say
-from llmzoo_jax.tokenizer import load_tokenizer
+from llmzoo_jax.tokenizer import load_tokenizer, resolve_format
 
 # What an export may hold; a folder with anything else in it is not replaced.
 FILES = (
@@ -86,7 +86,7 @@ def _write(part: Path, run: Path, config, model_config, model, step, dtype, limi
     """Everything that an export holds, into the empty folder ``part``."""
     shutil.copytree(run / "tokenizer", part, dirs_exist_ok=True)
     tokenizer = load_tokenizer(part)
-    chat_format = find_run_format(config["chat_format"], tokenizer)
+    chat_format = resolve_format(config["chat_format"], tokenizer)
     names = ("bos", "eos", "pad")
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in names}
     _write_json(part / "config.json", hf.config_to_hf(model_config, dtype=dtype) | ids)

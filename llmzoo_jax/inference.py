@@ -16,9 +16,9 @@ import numpy as np
 from llmzoo_jax import checkpoint, hf, models
 from llmzoo_jax import config as configs
 from llmzoo_jax import generate as decoding
-from llmzoo_jax.cli import InputError
 from llmzoo_jax.config import LlamaConfig, ModelConfig
 from llmzoo_jax.conversation import FORMATS, ChatFormat, Message, chat_template, render
+from llmzoo_jax.errors import InputError
 from llmzoo_jax.generate import Sampling
 from llmzoo_jax.text_stream import TextStream
 from llmzoo_jax.tokenizer import encode_prompt, load_tokenizer, resolve_format
@@ -250,16 +250,11 @@ def find_format(tokenizer: Any) -> ChatFormat | None:
     for name in FORMATS:
         try:
             chat_format = resolve_format(name, tokenizer)
-        except ValueError:  # this tokenizer lacks a special token of the format
+        except InputError:  # this tokenizer lacks a special token of the format
             continue
         if chat_template(chat_format) == tokenizer.chat_template:
             return chat_format
-    return _checked(resolve_format, "tokenizer", tokenizer)
-
-
-def find_run_format(name: str, tokenizer: Any) -> ChatFormat:
-    """The format of a run, on the tokenizer that the run saved."""
-    return _checked(resolve_format, name, tokenizer)
+    return resolve_format("tokenizer", tokenizer)
 
 
 def stop_token_ids(tokenizer: Any, chat_format: ChatFormat | None) -> tuple[int, ...]:
@@ -271,14 +266,6 @@ def stop_token_ids(tokenizer: Any, chat_format: ChatFormat | None) -> tuple[int,
 
 def _token_id(tokenizer: Any, text: str) -> int | None:
     return tokenizer.get_vocab().get(text)
-
-
-def _checked(function: Callable, *args: Any) -> Any:
-    """Errors of tokenizers and formats as what they are to a command: something to mend."""
-    try:
-        return function(*args)
-    except ValueError as error:
-        raise error if isinstance(error, InputError) else LoadError(str(error)) from error
 
 
 # --- loading ------------------------------------------------------------------------------------
@@ -313,8 +300,8 @@ def is_run(path: Path) -> bool:
 def _from_run(path: Path, dtype: jnp.dtype):
     run = checkpoint.read_config(path)
     config = configs.model_from_dict(run["model"])
-    tokenizer = _checked(load_tokenizer, path / "tokenizer")
-    chat_format = find_run_format(run["chat_format"], tokenizer)
+    tokenizer = load_tokenizer(path / "tokenizer")
+    chat_format = resolve_format(run["chat_format"], tokenizer)
     params = checkpoint.restore_params(path, config)
     return config, tokenizer, chat_format, jax.tree.map(lambda x: x.astype(dtype), params), ()
 
@@ -323,7 +310,7 @@ def _from_hf(path: Path, dtype: jnp.dtype):
     config = hf.read_config(path)
     tokenizer = chat_format = None
     if any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
-        tokenizer = _checked(load_tokenizer, path)
+        tokenizer = load_tokenizer(path)
         chat_format = find_format(tokenizer)
     params = hf.load_params(path, config, place=lambda name, x: jnp.asarray(x, dtype))
     return config, tokenizer, chat_format, params, _eos_ids(path)

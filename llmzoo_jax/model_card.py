@@ -16,6 +16,7 @@ from llmzoo_jax.conversation import (
     ChatFormat,
     Conversation,
     ConversationError,
+    Message,
     in_languages,
     read_jsonl,
     render,
@@ -101,10 +102,8 @@ def write(
     heldout = survey([source["path"] for source in data["heldout"]], data["languages"])
     base = base_model(run["init_from"])
     name = run_dir.resolve().name
-    question = next(
-        (m.content for m in train.example.messages if m.role == "user") if train.example else (),
-        "Hello!",
-    )
+    messages = train.example.messages if train.example else [Message("user", "Hello!")]
+    question = next(m.content for m in messages if m.role == "user")
     sections = [
         _front_matter(run, train, base),
         f"# {name}\n\n{_summary(run, chat_format, num_params, dtype, base)}",
