@@ -70,20 +70,14 @@ def run_side() -> dict:
         start = time.perf_counter()
         tokens[B] = decode(prompts[B])
         first[B] = time.perf_counter() - start
-    seconds = {B: [] for B in BATCHES.value}
-    with sides.load_watch() as load:
-        for B in BATCHES.value:
-            for _ in range(CALLS.value):
-                start = time.perf_counter()
-                again = decode(prompts[B])
-                seconds[B].append(time.perf_counter() - start)
-                assert again == tokens[B]
-    speed = {
-        f"tokens_per_s_{B}": int(B) * NEW.value / statistics.median(seconds[B])
-        for B in BATCHES.value
-    }
+    watch, timed = sides.Stopwatch(), []
+    for B in BATCHES.value:
+        for _ in range(CALLS.value):
+            again, time_ = watch(lambda B=B: decode(prompts[B]))
+            assert again == tokens[B]
+            timed.append(time_ | {"batch": B})
     first = {f"first_call_s_{B}": first[B] for B in BATCHES.value}
-    return load | speed | first | {"ready_s": ready, "seconds": seconds, "tokens": tokens}
+    return first | {"ready_s": ready, "timed": timed, "tokens": tokens}
 
 
 def compare() -> None:
@@ -92,12 +86,14 @@ def compare() -> None:
         rounds = sides.alternate("tests.benchmarks.decode", folder)
     rows, summary = [], {}
     for B in BATCHES.value:
-        tokens = {side: sides.kept(rounds, side)[0]["tokens"][B] for side in sides.SIDES}
+        tokens = {r["side"]: r["tokens"][B] for r in rounds}
         same = np.equal(tokens["ours"], tokens["torch"])
-        speed, first = (
-            [sides.median(rounds, side, f"{key}_{B}") for side in sides.SIDES]
-            for key in ("tokens_per_s", "first_call_s")
-        )
+        used = {side: sides.timed(rounds, side, batch=B) for side in sides.SIDES}
+        speed = [
+            int(B) * NEW.value / statistics.median(t["seconds"] for t in used[side])
+            for side in sides.SIDES
+        ]
+        first = [sides.median(rounds, side, f"first_call_s_{B}") for side in sides.SIDES]
         summary[B] = {
             "tokens_per_s": speed,
             "ratio": speed[0] / speed[1],
@@ -110,12 +106,13 @@ def compare() -> None:
                 *(f"{x:,.0f}" for x in speed),
                 f"{speed[0] / speed[1]:.2f}",
                 *(f"{x:.1f}" for x in first),
+                " + ".join(str(len(used[side])) for side in sides.SIDES),
                 f"{same.sum():,} of {same.size:,}",
             ]
         )
     head = ["decode", "ours, tok/s", "torch, tok/s", "ratio", "ours, first call, s"]
     print(f"\n{size:,} parameters; prompts of {PROMPT.value}, {NEW.value} new tokens, float32\n")
-    print(sides.table([*head, "torch, first call, s", "equal tokens"], rows))
+    print(sides.table([*head, "torch, first call, s", "timed", "equal tokens"], rows))
     for result in rounds:
         del result["tokens"]
     flags_ = {"family": sides.FAMILY.value, "prompt": PROMPT.value, "new": NEW.value}

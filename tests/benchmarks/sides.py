@@ -1,8 +1,9 @@
 """What the benchmarks share: the models, and two sides that take turns, each in its own process.
 
-A process of its own keeps the thread pools of XLA and of torch apart, and compiles anew. While a
-side is timed, the CPU time of this process and of the whole machine is counted: what the machine
-did beyond this process is foreign load, and a round that saw much of it is run again.
+A process of its own keeps the thread pools of XLA and of torch apart, and compiles anew. Around
+everything that is timed, the CPU time of the process and of the whole machine is read: what the
+machine did beyond the process is foreign load. A measurement waits until there is none, and is
+repeated where some came.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import transformers
 from absl import flags
@@ -29,9 +30,11 @@ TINY = flags.DEFINE_bool(
     "tiny", False, "A model of 2 layers of width 64, to try the program; else 8 layers of 512."
 )
 MAX_FOREIGN = flags.DEFINE_float(
-    "max_foreign", 0.1, "A round in which other programs used more cores than this runs again."
+    "max_foreign", 0.1, "A measurement during which others used more cores than this is no good."
 )
-RETRIES = flags.DEFINE_integer("retries", 2, "How many rounds may run again, in all.")
+PATIENCE = flags.DEFINE_float(
+    "patience", 60, "Seconds that each process may wait for, or lose to, foreign load."
+)
 SIDE = flags.DEFINE_enum("side", None, SIDES, "Used by the program itself: run this side only.")
 WORK = flags.DEFINE_string("work", None, "Used by the program itself: folder of model and data.")
 STARTED = flags.DEFINE_float("started", None, "Used by the program itself: when it was started.")
@@ -85,35 +88,27 @@ def our_model(folder: str):
 
 def alternate(module: str, folder: str) -> list[dict]:
     """Runs the sides in turn; what each process reported, in that order."""
-    rounds, retries = [], RETRIES.value
+    rounds = []
     for number in range(ROUNDS.value):
         for side in SIDES:
-            while True:
-                result = _run(module, side, folder) | {"round": number, "side": side}
-                result["kept"] = result["foreign_cores"] <= MAX_FOREIGN.value
-                rounds.append(result)
-                print(_line(result), flush=True)
-                if result["kept"] or not retries:
-                    break
-                retries -= 1
+            command = [sys.executable, "-m", module, *sys.argv[1:]]
+            command += [f"--side={side}", f"--work={folder}", f"--started={time.time()}"]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+            if done.returncode:
+                sys.exit(f"{module}: side {side!r} ended with exit status {done.returncode}")
+            result = json.loads(done.stdout.splitlines()[-1])
+            rounds.append(result | {"round": number, "side": side})
+            print(f"round {number}, {side}: {_load(result['timed'])}", flush=True)
     return rounds
 
 
-def _run(module: str, side: str, folder: str) -> dict:
-    command = [sys.executable, "-m", module, *sys.argv[1:]]
-    command += [f"--side={side}", f"--work={folder}", f"--started={time.time()}"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        sys.exit(f"{module}: side {side!r} ended with exit status {done.returncode}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def _line(result: dict) -> str:
-    note = "" if result["kept"] else "; LEFT OUT"
-    return (
-        f"round {result['round']}, {result['side']}: timed {result['wall_s']:.1f} s, "
-        f"{result['own_cores']:.2f} cores of its own, {result['foreign_cores']:.2f} foreign{note}"
+def _load(timed: list[dict]) -> str:
+    parts = (
+        f"{t['seconds']:.2f} s ({t['own_cores']:.2f} + {t['foreign_cores']:.2f} cores"
+        f"{'' if t['quiet'] else ', NOT QUIET'})"
+        for t in timed
     )
+    return ", ".join(parts)
 
 
 def since_start() -> float:
@@ -121,17 +116,34 @@ def since_start() -> float:
     return time.time() - STARTED.value
 
 
-@contextmanager
-def load_watch() -> Iterator[dict]:
-    """Fills a dict with seconds, cores used by this process, and cores used by others."""
-    load: dict = {}
+class Stopwatch:
+    """Times functions while nobody else uses the machine, as far as its patience goes."""
+
+    def __init__(self):
+        self.patience = PATIENCE.value
+
+    def __call__(self, function: Callable[[], Any]) -> tuple[Any, dict]:
+        """What the function returned, and seconds, cores of its own, and cores that others used.
+
+        Under foreign load the function is called again: its time was no good.
+        """
+        while True:
+            while self.patience > 0 and not _measure(lambda: time.sleep(1))[1]["quiet"]:
+                self.patience -= 1
+            result, timed = _measure(function)
+            if timed["quiet"] or self.patience <= 0:
+                return result, timed
+            self.patience -= timed["seconds"]
+
+
+def _measure(function: Callable[[], Any]) -> tuple[Any, dict]:
     wall, own, busy = time.perf_counter(), time.process_time(), _machine_seconds()
-    yield load
+    result = function()
     wall = time.perf_counter() - wall
     own, busy = time.process_time() - own, _machine_seconds() - busy
-    load["wall_s"] = wall
-    load["own_cores"] = own / wall
-    load["foreign_cores"] = max(0.0, (busy - own) / wall)
+    foreign = max(0.0, (busy - own) / wall)
+    timed = {"seconds": wall, "own_cores": own / wall, "foreign_cores": foreign}
+    return result, timed | {"quiet": foreign <= MAX_FOREIGN.value}
 
 
 def _machine_seconds() -> float:
@@ -145,14 +157,15 @@ def _machine_seconds() -> float:
 # --- results ------------------------------------------------------------------------------------
 
 
-def kept(rounds: list[dict], side: str) -> list[dict]:
-    """The rounds of a side without foreign load; all of them where there is none."""
-    mine = [r for r in rounds if r["side"] == side]
-    return [r for r in mine if r["kept"]] or mine
+def timed(rounds: list[dict], side: str, **what: Any) -> list[dict]:
+    """The quiet measurements of a side that agree with ``what``; all where none was quiet."""
+    mine = [t for r in rounds if r["side"] == side for t in r["timed"]]
+    mine = [t for t in mine if all(t[key] == value for key, value in what.items())]
+    return [t for t in mine if t["quiet"]] or mine
 
 
 def median(rounds: list[dict], side: str, key: str) -> float:
-    return statistics.median(r[key] for r in kept(rounds, side))
+    return statistics.median(r[key] for r in rounds if r["side"] == side)
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:

@@ -3,8 +3,8 @@
     python -m tests.benchmarks.train --case=rows --family=llama --rounds=3 --out=rows.json
     python -m tests.benchmarks.train --case=conversations --micro_batch=4 --out=conversations.json
 
-Makes a random model, then runs ours, torch, ours, torch, .. with it: AdamW, clipping, float32. Steps
-that compile or warm up are reported apart. Reading data is left out on both sides.
+Makes a random model, then runs ours, torch, ours, torch, .. with it: AdamW, clipping, float32.
+Steps that compile or warm up are reported apart. Reading data is left out on both sides.
 
 --case=rows: both sides get the same rows of random tokens, all of them in the loss.
 
@@ -21,7 +21,6 @@ import functools
 import json
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -65,28 +64,27 @@ class Padded(NamedTuple):
 # --- data: the steps of both sides, made before any is timed ------------------------------------
 
 
-def random_rows() -> tuple[list[Batch], list[list[Padded]]]:
-    """The same rows for both sides. A step of torch is a list of batches to accumulate."""
+def random_rows() -> tuple[list[list[Batch]], list[list[Padded]]]:
+    """The same rows for both sides. A step is a list of batches to accumulate."""
     rng = np.random.default_rng(0)
     B, T = BATCH_SIZE.value, LENGTH.value
     ours, theirs = [], []
     for _ in range(WARMUP + STEPS.value):
         rows = rng.integers(4, VOCAB, (B, T + 1))
         tokens, targets = rows[:, :-1], rows[:, 1:]
-        ours.append(
-            Batch(
-                tokens=tokens.astype(np.int32),
-                targets=targets.astype(np.int32),
-                loss_mask=np.ones((B, T), bool),
-                segment_ids=np.ones((B, T), np.int32),
-                positions=np.broadcast_to(np.arange(T, dtype=np.int32), (B, T)),
-            )
+        batch = Batch(
+            tokens=tokens.astype(np.int32),
+            targets=targets.astype(np.int32),
+            loss_mask=np.ones((B, T), bool),
+            segment_ids=np.ones((B, T), np.int32),
+            positions=np.broadcast_to(np.arange(T, dtype=np.int32), (B, T)),
         )
+        ours.append([batch])
         theirs.append([Padded(tokens, targets, None)])
     return ours, theirs
 
 
-def conversations(folder: str) -> tuple[list[Batch], list[list[Padded]]]:
+def conversations(folder: str) -> tuple[list[list[Batch]], list[list[Padded]]]:
     """Packed rows for ours; for torch, as many conversations a step as hold as many tokens."""
     from data_pipelines.build import RECIPES, build
     from data_pipelines.tokenizers import train_bpe
@@ -117,7 +115,7 @@ def conversations(folder: str) -> tuple[list[Batch], list[list[Padded]]]:
         [pad([examples[next(order)] for _ in range(micro)], T) for _ in range(count)]
         for _ in range(steps)
     ]
-    return [data.batch(step) for step in range(steps)], theirs
+    return [[data.batch(step)] for step in range(steps)], theirs
 
 
 def pad(examples: Sequence[tuple[np.ndarray, np.ndarray]], limit: int) -> Padded:
@@ -131,22 +129,18 @@ def pad(examples: Sequence[tuple[np.ndarray, np.ndarray]], limit: int) -> Padded
     return batch
 
 
-def count_tokens(ours: list[Batch], theirs: list[list[Padded]]) -> dict:
-    """Positions that the timed steps compute, those that are no padding, and those in the loss."""
-    flat = [batch for step in theirs[WARMUP:] for batch in step]
-    real = sum(b.tokens.size if b.mask is None else int(b.mask.sum()) for b in flat)
-    return {
-        "ours": {
-            "positions": sum(b.tokens.size for b in ours[WARMUP:]),
-            "tokens": sum(int((b.segment_ids > 0).sum()) for b in ours[WARMUP:]),
-            "loss_tokens": sum(int(b.loss_mask.sum()) for b in ours[WARMUP:]),
-        },
-        "torch": {
-            "positions": sum(b.tokens.size for b in flat),
-            "tokens": real,
-            "loss_tokens": sum(int((b.targets >= 0).sum()) for b in flat),
-        },
-    }
+def count_tokens(step: list[Batch] | list[Padded]) -> dict[str, int]:
+    """Positions that a step computes, those that are no padding, and those in the loss."""
+    counts = {"positions": 0, "tokens": 0, "loss_tokens": 0}
+    for batch in step:
+        counts["positions"] += batch.tokens.size
+        if isinstance(batch, Batch):
+            counts["tokens"] += int((batch.segment_ids > 0).sum())
+            counts["loss_tokens"] += int(batch.loss_mask.sum())
+        else:
+            counts["tokens"] += batch.tokens.size if batch.mask is None else int(batch.mask.sum())
+            counts["loss_tokens"] += int((batch.targets >= 0).sum())
+    return counts
 
 
 def save(path: Path, steps: list[list[NamedTuple]]) -> None:
@@ -236,14 +230,13 @@ def run_side() -> dict:
     batches = list(load(folder / f"{sides.SIDE.value}.npz", kind))
     step = make(folder)
     losses = [step(batch) for batch in batches[:WARMUP]]
-    result = {"first_step_s": sides.since_start()}
-    seconds = []
-    with sides.load_watch() as watch:
-        for batch in batches[WARMUP:]:
-            start = time.perf_counter()
-            losses.append(step(batch))
-            seconds.append(time.perf_counter() - start)
-    return result | watch | {"seconds": seconds, "losses": losses}
+    first = sides.since_start()
+    watch, timed = sides.Stopwatch(), []
+    for number, batch in enumerate(batches[WARMUP:]):
+        loss, time_ = watch(lambda batch=batch: step(batch))
+        losses.append(loss)
+        timed.append(time_ | {"step": number})
+    return {"first_step_s": first, "timed": timed, "losses": losses}
 
 
 # --- both ---------------------------------------------------------------------------------------
@@ -254,46 +247,58 @@ def compare() -> None:
         folder = Path(name)
         size = sides.write_model(name)
         steps = random_rows() if CASE.value == "rows" else conversations(f"{name}/data")
-        save(folder / "ours.npz", [[batch] for batch in steps[0]])
+        save(folder / "ours.npz", steps[0])
         save(folder / "torch.npz", steps[1])
         rounds = sides.alternate("tests.benchmarks.train", name)
-    counts = count_tokens(*steps)
-    for result in rounds:
-        result |= counts[result["side"]]
-        result["loss_tokens_per_s"] = result["loss_tokens"] / sum(result["seconds"])
-        result["positions_per_s"] = result["positions"] / sum(result["seconds"])
+    counts = {
+        side: [count_tokens(step) for step in mine[WARMUP:]]
+        for side, mine in zip(sides.SIDES, steps, strict=True)
+    }
     rows, summary = [], {}
     for side in sides.SIDES:
-        used = sides.kept(rounds, side)
-        speeds = [r["loss_tokens_per_s"] for r in used]
-        summary[side] = counts[side] | {
-            "loss_tokens_per_s": statistics.median(speeds),
-            "positions_per_s": sides.median(rounds, side, "positions_per_s"),
-            "first_step_s": sides.median(rounds, side, "first_step_s"),
-            "padding": 1 - counts[side]["tokens"] / counts[side]["positions"],
-            "losses": used[0]["losses"],
-        }
-        mine = summary[side]
+        mine = summary[side] = summarise(rounds, side, counts[side])
         rows.append(
             [
                 side,
                 f"{mine['loss_tokens_per_s']:,.0f}",
-                f"{min(speeds):,.0f} to {max(speeds):,.0f}",
+                f"{mine['slowest']:,.0f} to {mine['fastest']:,.0f}",
                 f"{mine['positions_per_s']:,.0f}",
                 f"{mine['padding']:.1%}",
                 f"{mine['first_step_s']:.1f}",
-                f"{len(used)}",
+                f"{mine['timed']}",
                 f"{mine['losses'][0]:.5f}",
             ]
         )
-    head = ["side", "loss tokens/s", "in rounds", "positions/s", "padding", "first step, s"]
+    head = ["side", "loss tokens/s", "by step", "positions/s", "padding", "first step, s"]
     ratio = summary["ours"]["loss_tokens_per_s"] / summary["torch"]["loss_tokens_per_s"]
-    print(f"\n{CASE.value}, {sides.FAMILY.value}, {size:,} parameters, float32, {settings()}\n")
-    print(sides.table([*head, "rounds", "first loss"], rows))
+    print(f"\n{size:,} parameters, float32, {settings_text()}\n")
+    print(sides.table([*head, "timed", "first loss"], rows))
     print(f"\nours / torch: {ratio:.2f}")
     sides.write_result(
         settings() | {"parameters": size, "ratio": ratio, "summary": summary, "rounds": rounds}
     )
+
+
+def summarise(rounds: list[dict], side: str, counts: list[dict[str, int]]) -> dict:
+    """Medians over the rounds of each step; then sums over the steps, which differ in tokens."""
+    steps = [sides.timed(rounds, side, step=i) for i in range(len(counts))]
+    seconds = [statistics.median(t["seconds"] for t in timed) for timed in steps]
+    total = {key: sum(step[key] for step in counts) for key in counts[0]}
+    speeds = [step["loss_tokens"] / s for step, s in zip(counts, seconds, strict=True)]
+    return total | {
+        "loss_tokens_per_s": total["loss_tokens"] / sum(seconds),
+        "positions_per_s": total["positions"] / sum(seconds),
+        "slowest": min(speeds),
+        "fastest": max(speeds),
+        "padding": 1 - total["tokens"] / total["positions"],
+        "first_step_s": sides.median(rounds, side, "first_step_s"),
+        "timed": sum(map(len, steps)),
+        "losses": next(r["losses"] for r in rounds if r["side"] == side),
+    }
+
+
+def settings_text() -> str:
+    return ", ".join(f"{key}={value}" for key, value in settings().items())
 
 
 def settings() -> dict:
