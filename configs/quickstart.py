@@ -59,7 +59,11 @@ def get_config(family: str = "phoenix") -> Config:
             batch_size=8,
         ),
         optim=OptimConfig(
-            learning_rate=3e-3, epochs=6, b2=0.98, warmup_ratio=0.05, final_ratio=0.02
+            learning_rate=3e-3,
+            epochs=8 if family == "chimera" else 6,
+            b2=0.98,
+            warmup_ratio=0.05,
+            final_ratio=0.02,
         ),
         compute=ComputeConfig(loss_chunk=1024),
         log_every=25,
