@@ -128,16 +128,19 @@ def _cell(one: dict[str, Any] | None) -> str:
 
 
 def choose_samples(answers: Sequence[Answer], count: int) -> list[Answer]:
-    """One answer of each of ``count`` languages, spread over those there are; then a second one of
-    each, and so on. Of each language the correct ones come first, in the order of the file."""
+    """Up to ``count`` answers, in languages that are spread over those there are, and from places
+    that are spread over the file; of a language that has correct ones, one of these."""
     by_language: dict[str, list[Answer]] = {}
-    for answer in sorted(answers, key=lambda a: (a.lang, not a.correct)):
+    for answer in answers:
         by_language.setdefault(answer.lang, []).append(answer)
-    columns = list(by_language.values())
-    if 0 < count < len(columns):
-        columns = [columns[i * len(columns) // count] for i in range(count)]
-    rounds = itertools.chain.from_iterable(itertools.zip_longest(*columns))
-    return [answer for answer in rounds if answer is not None][:count]
+    languages = sorted(by_language)
+    step = max(len(languages) / count, 1) if count else 1
+    chosen = []
+    for i in range(count):
+        pool = by_language[languages[int(i * step) % len(languages)]]
+        pool = [answer for answer in pool if answer.correct] or pool
+        chosen.append(pool[i * len(pool) // count])
+    return list(dict.fromkeys(chosen))
 
 
 def show_sample(answer: Answer) -> str:

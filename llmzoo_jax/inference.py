@@ -294,7 +294,7 @@ def load_model(path: str | Path, *, dtype: str = "float32") -> Model:
 
 
 def is_run(path: Path) -> bool:
-    return (path / "checkpoints").is_dir()
+    return "run_dir" in checkpoint.read_config(path)
 
 
 def _from_run(path: Path, dtype: jnp.dtype):
