@@ -119,7 +119,7 @@ def train(config: Config) -> None:
                 if due_save:
                     checkpoint.save(manager, state)
                 since = time.monotonic()
-            if stop.asked:
+            if last:
                 break
         bar.close()
         checkpoint.wait(manager)
