@@ -60,7 +60,7 @@ def get_config(family: str = "phoenix") -> Config:
         ),
         optim=OptimConfig(
             learning_rate=3e-3,
-            epochs=8 if family == "chimera" else 6,
+            epochs=7 if family == "chimera" else 5,
             b2=0.98,
             warmup_ratio=0.05,
             final_ratio=0.02,

@@ -64,7 +64,7 @@ def answer_all(
         reference = conversation.messages[-1].content
         limits.append(len(model.tokenizer(reference, add_special_tokens=False).input_ids))
     texts: list[str] = [""] * len(prompts)
-    with tqdm(total=len(prompts), desc="answering", unit=" answers", delay=1) as bar:
+    with tqdm(total=len(prompts), desc="answering", unit=" answers", delay=1, disable=None) as bar:
         for rows in batches([len(prompt) for prompt in prompts], limits, batch_size):
             # A batch that is not full is filled up: another size would be compiled anew.
             filled = [*rows, *rows[-1:] * (batch_size - len(rows))]

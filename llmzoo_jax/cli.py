@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -17,6 +18,8 @@ def run(main: Callable[[list[str]], None], argv: Sequence[str] | None = None) ->
         if len(argv) > 1:
             raise app.UsageError(f"don't know what to do with {' '.join(argv[1:])}")
         logging.set_verbosity(logging.WARNING)
+        # transformers says at its import that it found no PyTorch: it is not meant to.
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         try:
             main(argv)
         except (InputError, OSError) as error:

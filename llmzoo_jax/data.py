@@ -136,7 +136,9 @@ def _numbered(path: str) -> Iterator[tuple[int, Conversation]]:
     title = f"tokenising {os.path.basename(path)}"
     with open(path, encoding="utf-8-sig", newline="\n") as file:
         lines = (number for number, line in enumerate(file, 1) if line.strip())
-        for item in tqdm(read_jsonl(path), desc=title, unit=" conversations", delay=2):
+        for item in tqdm(
+            read_jsonl(path), desc=title, unit=" conversations", delay=2, disable=None
+        ):
             yield next(lines), item
 
 

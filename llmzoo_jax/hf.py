@@ -223,7 +223,9 @@ def save_params(
             shards.append([])
         shards[-1].append(job)
     files, weight_map = [], {}
-    for i, shard in enumerate(tqdm(shards, desc="writing", unit=" files", delay=2), 1):
+    for i, shard in enumerate(
+        tqdm(shards, desc="writing", unit=" files", delay=2, disable=None), 1
+    ):
         name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         tensors = {}
         for theirs, ours, layer, pattern, _ in shard:

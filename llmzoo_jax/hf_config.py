@@ -81,8 +81,8 @@ class _Keys:
             if name not in FIXED_KEYS:
                 raise CheckpointError(
                     f"{self.path}: unknown key {name!r} ({value!r}). If it changes nothing in the "
-                    "forward pass, add it to HARMLESS_KEYS in llmzoo_jax/hf_config.py; otherwise the "
-                    "model would be computed wrongly"
+                    "forward pass, add it to HARMLESS_KEYS in llmzoo_jax/hf_config.py; otherwise "
+                    "the model would be computed wrongly"
                 )
             if value not in FIXED_KEYS[name]:
                 wanted = " or ".join(map(repr, FIXED_KEYS[name]))

@@ -72,7 +72,9 @@ def survey(files: list[str], languages: list[str]) -> Survey:
         one = Survey()
         title = f"reading {Path(path).name}"
         try:
-            for item in tqdm(read_jsonl(path), desc=title, unit=" conversations", delay=2):
+            for item in tqdm(
+                read_jsonl(path), desc=title, unit=" conversations", delay=2, disable=None
+            ):
                 if not languages or in_languages(item.lang, languages):
                     _count(one, item)
         except ConversationError:  # the file has moved or changed since: nothing is known of it
