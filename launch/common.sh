@@ -50,7 +50,8 @@ install() {
     fi
     "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -e ".$extras"
     echo "$wanted" >> "$stamp"
+    echo " ${wanted#* }" >> "$stamp" # what has extras has the plain install too
   fi
-  export PATH="$PWD/$VENV/bin:$PATH"
+  export PATH="$(cd "$VENV" && pwd)/bin:$PATH"
   python --version
 }
