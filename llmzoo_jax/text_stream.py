@@ -34,9 +34,9 @@ class TextStream:
         if self.ended_at is not None:
             return ""
         group = list(tokens[self._read :])
-        for n in range(len(group), max(len(group) - 4, 0), -1):
+        for n in range(len(group), 0, -1):
             piece = self._piece(group[:n])
-            if not piece.endswith("\ufffd"):  # else: part of a character, of at most four tokens
+            if not piece.endswith("\ufffd"):  # else it ends with part of a character
                 self._take(group[:n], piece)
                 break
         return self._show(self._raw[: len(self._raw) - self._held()])

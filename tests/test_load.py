@@ -244,6 +244,10 @@ def test_half_a_character_is_never_shown(kind):
     assert len(tokens) > 3  # the snowman is bytes to both tokenizers
     stream = TextStream(tiny(kind), (), ())
     assert stream.feed(tokens[:-1]) + stream.finish(whole=False) == "a "
+    broken = [tokens[-1]] * 9 + tokens + [tokens[-2]] * 9
+    text = TextStream(tiny(kind), (), ())
+    shown = text.feed(broken) + text.finish(whole=False)
+    assert (shown[0], shown[-3:]) == ("\ufffd", "a ☃")
     rest = TextStream(tiny(kind), tokens[:-1], ())  # a prompt that ends in the middle of one
     assert rest.feed(tokens[-1:]) == "☃"
 
