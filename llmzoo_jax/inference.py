@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +49,9 @@ class Model:
 
     path: str
     config: ModelConfig
-    tokenizer: Any
-    format: ChatFormat | None
-    params: Any
+    tokenizer: Any = field(repr=False)
+    format: ChatFormat | None = field(repr=False)
+    params: Any = field(repr=False)
     stop_ids: tuple[int, ...]  # any of them ends an answer
     dtype: str
 

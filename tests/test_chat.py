@@ -166,15 +166,6 @@ def test_lines_from_a_pipe_are_answered_and_its_end_leaves(run):
     assert sum(line.startswith("model: ") for line in lines) == 3
 
 
-def test_a_folder_that_is_not_there_is_one_line_and_exit_1(tmp_path):
-    done = subprocess.run(
-        command(f"--model={tmp_path / 'no'}"), capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 1
-    assert done.stderr.startswith(f"error: {tmp_path / 'no'}: no such folder")
-    assert done.stderr.count("\n") == 1
-
-
 def test_ctrl_c_in_a_terminal_stops_an_answer_and_a_second_leaves(run):
     ours, theirs = pty.openpty()
     arguments = command(f"--model={run}", "--max_new_tokens=100000", "--context=300000")

@@ -6,19 +6,21 @@ import shutil
 import subprocess
 import sys
 from collections import namedtuple
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from llmzoo_jax import checkpoint, hf, metrics, train
-from llmzoo_jax import config as configs
+from llmzoo_jax import checkpoint, hf, train
 from llmzoo_jax.checkpoint import RunError
+from llmzoo_jax.config import MeshConfig, OptimConfig
 from llmzoo_jax.conversation import FORMATS, Message
 from llmzoo_jax.export import ExportError, export
 from llmzoo_jax.inference import find_format, load_model
-from llmzoo_jax.sharding import named_leaves
+from llmzoo_jax.optim import make_optimizer
+from llmzoo_jax.sharding import make_mesh, named_leaves
 from llmzoo_jax.tokenizer import encode_prompt, load_tokenizer, resolve_format
-from tests.tiny_runs import BLOOM, LLAMA, MODELS, STEP, make_run, save_checkpoint
+from tests.tiny_runs import BLOOM, MODELS, STEP, make_run, save_checkpoint
 
 KINDS = tuple(MODELS)
 CHATS = (
@@ -68,27 +70,18 @@ def test_weights_are_bit_exact_over_several_shards(kind, runs, exports):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_export_that_a_run_starts_from_comes_out_bit_exact(kind, exports, tmp_path):
-    first = exports[kind]
-    data = configs.DataConfig(
-        train=(configs.Source(path=str(first.parent / "train.jsonl")),),
-        sequence_length=64,
-        batch_size=8,
-        cache_dir=str(tmp_path / "cache"),
-    )
-    shutil.copy(make_run(tmp_path / "other", kind) / "train.jsonl", first.parent / "train.jsonl")
-    # A learning rate of 0 and no decay: a step of training that leaves the weights alone.
-    optim = configs.OptimConfig(steps=1, learning_rate=0.0, warmup_ratio=0.0)
-    run = configs.Config(
-        run_dir=str(tmp_path / "run"),
-        tokenizer=str(first),
-        init_from=str(first),
-        data=data,
-        optim=optim,
-    )
-    train.train(run)
-    second = export(run.run_dir)
-    assert_same(params_of(second), params_of(first))
-    assert f"fine-tuned from `{kind}`" in card_of(second)
+    run = make_run(tmp_path / "run", kind, init_from=str(exports[kind]))
+    shutil.rmtree(run / "checkpoints")
+    config = SimpleNamespace(init_from=str(exports[kind]), run_dir=str(run))
+    tx, mesh = make_optimizer(OptimConfig(), 10), make_mesh(MeshConfig())
+    with checkpoint.open_manager(run) as manager:
+        # What a run does before its first step, on eight devices.
+        state = train.start_state(config, MODELS[kind], tx, mesh, manager)
+        checkpoint.save(manager, state)
+        checkpoint.wait(manager)
+    again = export(run)
+    assert_same(params_of(again), params_of(exports[kind]))
+    assert f"fine-tuned from `{kind}`" in card_of(again)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -283,22 +276,19 @@ def test_a_full_disk_is_named_before_anything_is_written(runs, tmp_path, monkeyp
     assert listing(tmp_path) == before
 
 
-def test_a_write_that_fails_leaves_the_earlier_export_and_nothing_else(runs, tmp_path):
-    """A real limit on the size of files, which a shard of 60 KB reaches and nothing before it."""
-    out = export(runs["sentencepiece"], tmp_path / "out")
+def test_a_write_that_fails_leaves_the_earlier_export_and_nothing_else(tmp_path):
+    """A real limit on the size of files, which the weights exceed and nothing before them."""
+    run = make_run(tmp_path / "run", "sentencepiece")
+    export(run, max_shard_size="60KB")
     before = listing(tmp_path)
-    code = (
-        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000));"
-        "from llmzoo_jax import cli, export;"
-        "cli.run(lambda _: export.export(sys.argv[1], sys.argv[2]), sys.argv[:1])"
-    )
-    command = [sys.executable, "-c", code, runs["sentencepiece"], out]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-m", "llmzoo_jax.export", f"--run={run}"]
+    limited = ["bash", "-c", 'ulimit -f 100; exec "$@"', "-", *command]  # in units of 1,024 bytes
+    done = subprocess.run(limited, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1, done.stderr
-    assert f"error: {out}: not written: " in done.stderr
+    assert f"error: {run / 'export'}: not written: " in done.stderr
     assert "Traceback" not in done.stderr
     assert listing(tmp_path) == before
-    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert not [path for path in run.iterdir() if path.name.startswith(".")]
 
 
 # --- errors -------------------------------------------------------------------------------------
@@ -317,13 +307,3 @@ def test_errors_name_what_is_wrong(runs, tmp_path):
     with pytest.raises(RunError, match="no finished checkpoint"):
         export(run)
     assert not (run / "export").exists()
-
-
-def test_the_command_exports_beside_the_checkpoints(runs, tmp_path):
-    run = shutil.copytree(runs["bpe"], tmp_path / "run")
-    command = [sys.executable, "-m", "llmzoo_jax.export", f"--run={run}", "--dtype=bfloat16"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert str(run / "export") in done.stdout
-    assert metrics.read(run)  # the run is still one
-    assert hf.read_config(run / "export") == BLOOM != LLAMA
