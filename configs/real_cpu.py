@@ -38,7 +38,7 @@ SOURCES = (
 
 
 def get_config(family: str = "phoenix") -> Config:
-    common = {"vocab_size": 8192, "hidden_size": 256, "num_layers": 4, "num_heads": 8}
+    common = {"vocab_size": 8192, "hidden_size": 192, "num_layers": 3, "num_heads": 6}
     model = {
         "phoenix": BloomConfig(
             layer_norm_eps=1e-5,
@@ -48,8 +48,8 @@ def get_config(family: str = "phoenix") -> Config:
             **common,
         ),
         "chimera": LlamaConfig(
-            intermediate_size=704,
-            num_kv_heads=4,
+            intermediate_size=512,
+            num_kv_heads=2,
             head_dim=32,
             rms_norm_eps=1e-5,
             rope=RopeConfig(theta=10000.0),
@@ -68,15 +68,15 @@ def get_config(family: str = "phoenix") -> Config:
         data=DataConfig(
             train=tuple(Source(path=f"cache/real/{name}.train.jsonl") for name in SOURCES),
             heldout=tuple(Source(path=f"cache/real/{name}.heldout.jsonl") for name in SOURCES),
-            sequence_length=1024,
-            batch_size=4,
+            sequence_length=512,
+            batch_size=8,
         ),
         optim=OptimConfig(
-            learning_rate=2e-3, epochs=0.5, b2=0.98, warmup_ratio=0.05, final_ratio=0.05
+            learning_rate=2e-3, epochs=0.25, b2=0.98, warmup_ratio=0.05, final_ratio=0.05
         ),
         compute=ComputeConfig(loss_chunk=1024),
         log_every=20,
-        eval_every=200,
-        save_every=200,
+        eval_every=50,
+        save_every=100,
         keep_checkpoints=1,
     )

@@ -106,7 +106,7 @@ def generate(
     ended = [False] * B
     while True:
         count = int(state.count)
-        new, done = np.asarray(state.tokens[:, :count]), np.asarray(state.done)
+        new, done = np.asarray(state.tokens)[:, :count], np.asarray(state.done)
         rows = [_until_stop(row, stops) for row in new.tolist()]
         for i, row in enumerate(rows):
             if ended[i]:
