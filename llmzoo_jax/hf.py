@@ -159,7 +159,11 @@ def _open_tensors(folder: Path, stack: ExitStack) -> dict[str, Callable[[], np.n
     """``{tensor name: function that reads it}`` over all safetensors of a folder."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        try:
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{index}: not JSON with a weight_map: {error}") from error
+        files = sorted(set(weight_map.values()))
     else:
         files = sorted(path.name for path in folder.glob("*.safetensors"))
     if not files:

@@ -132,12 +132,19 @@ def _read_llama(keys: _Keys) -> LlamaConfig:
 def _read_rope(keys: _Keys, max_positions: int) -> RopeConfig:
     """Both spellings: ``rope_theta`` with ``rope_scaling`` (transformers 4), and
     ``rope_parameters`` (transformers 5). LLaMA 1 has neither: 10,000 and no scaling."""
-    rope = dict(keys.get("rope_scaling", absent={})) | dict(keys.get("rope_parameters", absent={}))
+    rope: dict[str, Any] = {}
+    for spelling in ("rope_scaling", "rope_parameters"):
+        for name, value in keys.get(spelling, absent={}).items():
+            name = "rope_type" if name == "type" else name  # before transformers 4.43
+            if value is not None and rope.setdefault(name, value) != value:
+                raise CheckpointError(
+                    f"{keys.path}: rope is described twice and differently: {name} "
+                    f"is {rope[name]!r} and {value!r}"
+                )
     theta = keys.get("rope_theta", absent=rope.get("rope_theta", 10000.0))
     if rope.pop("rope_theta", theta) != theta:
         raise CheckpointError(f"{keys.path}: rope_theta and rope_parameters say different things")
-    old = rope.pop("type", None)  # the spelling before transformers 4.43
-    scaling = rope.pop("rope_type", None) or old or "default"
+    scaling = rope.pop("rope_type", "default")
     names = {
         "default": {},
         "linear": {"factor": "factor"},
