@@ -187,6 +187,10 @@ def load(spec: str, overrides: typing.Sequence[str] = ()) -> Config:
         config = module.get_config(arg) if arg else module.get_config()
     except TypeError as error:
         raise ConfigError(f"--config={spec}: {error}; use --config={path}[:arg]") from error
+    except KeyError as error:
+        raise ConfigError(
+            f"--config={spec}: {path} knows no {error}; its docstring has the commands"
+        ) from error
     if not isinstance(config, Config):
         raise ConfigError(f"{path}: get_config() must return a Config, not {type(config).__name__}")
     for text in overrides:
@@ -244,6 +248,8 @@ def _parse(text: str, hint: Any, where: str) -> Any:
             return text
     except KeyError as error:
         raise ConfigError(f"--config.{where}={text}: expected true or false") from error
+    except ConfigError:
+        raise
     except ValueError as error:
         wanted = str(error) if origin is Literal else hint.__name__
         raise ConfigError(f"--config.{where}={text}: expected {wanted}") from error
