@@ -20,6 +20,8 @@ from absl import app, flags
 
 from tests.benchmarks import sides
 
+flags.adopt_module_key_flags(sides)  # so that --help tells them
+
 BATCHES = flags.DEFINE_list("batches", ["1", "16"], "Batch sizes.")
 PROMPT = flags.DEFINE_integer("prompt", 32, "Tokens of each prompt.")
 NEW = flags.DEFINE_integer("new", 128, "Tokens to decode for each prompt.")

@@ -31,6 +31,8 @@ from absl import app, flags
 from llmzoo_jax.packing import Batch
 from tests.benchmarks import sides
 
+flags.adopt_module_key_flags(sides)  # so that --help tells them
+
 CASE = flags.DEFINE_enum("case", "rows", ["rows", "conversations"], "See above.")
 LENGTH = flags.DEFINE_integer(
     "length", None, "Tokens of a row (T); 512 for rows, else 1024, by default."
@@ -261,7 +263,7 @@ def compare() -> None:
             [
                 side,
                 f"{mine['loss_tokens_per_s']:,.0f}",
-                f"{mine['slowest']:,.0f} to {mine['fastest']:,.0f}",
+                f"{mine['tokens_per_s']:,.0f}",
                 f"{mine['positions_per_s']:,.0f}",
                 f"{mine['padding']:.1%}",
                 f"{mine['first_step_s']:.1f}",
@@ -269,13 +271,16 @@ def compare() -> None:
                 f"{mine['losses'][0]:.5f}",
             ]
         )
-    head = ["side", "loss tokens/s", "by step", "positions/s", "padding", "first step, s"]
-    ratio = summary["ours"]["loss_tokens_per_s"] / summary["torch"]["loss_tokens_per_s"]
+    head = ["side", "loss tokens/s", "tokens/s", "positions/s", "padding", "first step, s"]
+    ratios = {
+        key: summary["ours"][f"{key}_per_s"] / summary["torch"][f"{key}_per_s"]
+        for key in ("loss_tokens", "tokens", "positions")
+    }
     print(f"\n{size:,} parameters, float32, {settings_text()}\n")
     print(sides.table([*head, "timed", "first loss"], rows))
-    print(f"\nours / torch: {ratio:.2f}")
+    print("\nours / torch: " + ", ".join(f"{key} {ratios[key]:.2f}" for key in ratios))
     sides.write_result(
-        settings() | {"parameters": size, "ratio": ratio, "summary": summary, "rounds": rounds}
+        settings() | {"parameters": size, "ratios": ratios, "summary": summary, "rounds": rounds}
     )
 
 
@@ -284,17 +289,18 @@ def summarise(rounds: list[dict], side: str, counts: list[dict[str, int]]) -> di
     steps = [sides.timed(rounds, side, step=i) for i in range(len(counts))]
     seconds = [statistics.median(t["seconds"] for t in timed) for timed in steps]
     total = {key: sum(step[key] for step in counts) for key in counts[0]}
-    speeds = [step["loss_tokens"] / s for step, s in zip(counts, seconds, strict=True)]
-    return total | {
-        "loss_tokens_per_s": total["loss_tokens"] / sum(seconds),
-        "positions_per_s": total["positions"] / sum(seconds),
-        "slowest": min(speeds),
-        "fastest": max(speeds),
-        "padding": 1 - total["tokens"] / total["positions"],
-        "first_step_s": sides.median(rounds, side, "first_step_s"),
-        "timed": sum(map(len, steps)),
-        "losses": next(r["losses"] for r in rounds if r["side"] == side),
-    }
+    speeds = {f"{key}_per_s": total[key] / sum(seconds) for key in total}
+    return (
+        total
+        | speeds
+        | {
+            "seconds_by_step": seconds,
+            "padding": 1 - total["tokens"] / total["positions"],
+            "first_step_s": sides.median(rounds, side, "first_step_s"),
+            "timed": sum(map(len, steps)),
+            "losses": next(r["losses"] for r in rounds if r["side"] == side),
+        }
+    )
 
 
 def settings_text() -> str:
