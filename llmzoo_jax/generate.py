@@ -220,19 +220,19 @@ def choose(logits, seeds, positions, params: _Params, *, mode: str) -> jax.Array
 
 
 def filter_logits(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
-    """-inf for what top-k and then top-p leave out, as HF's ``TopKLogitsWarper`` and
-    ``TopPLogitsWarper``: the smallest set of most likely tokens whose probability reaches
-    ``top_p``; tokens tied with the k-th stay. ``logits[B,V]``."""
+    """-inf for what top-k and then top-p leave out of ``logits[B,V]``, as HF's
+    ``TopKLogitsWarper`` (tokens tied with the k-th stay) and ``TopPLogitsWarper`` (the least likely
+    tokens go, as long as their probabilities add up to 1 - top_p at most; one stays)."""
     V = logits.shape[-1]
-    ranked = jnp.sort(logits, axis=-1)[:, ::-1]
+    order = jnp.argsort(logits, axis=-1)  # ascending
+    ranked = jnp.take_along_axis(logits, order, axis=-1)
     k = jnp.where(top_k > 0, jnp.minimum(top_k, V), V)
-    kth = jnp.take_along_axis(ranked, jnp.broadcast_to(k - 1, (len(logits), 1)), axis=-1)
-    logits = jnp.where(logits < kth, -jnp.inf, logits)
+    kth = jnp.take_along_axis(ranked, jnp.broadcast_to(V - k, (len(logits), 1)), axis=-1)
     ranked = jnp.where(ranked < kth, -jnp.inf, ranked)
-    probabilities = jax.nn.softmax(ranked, axis=-1)
-    before = jnp.cumsum(probabilities, axis=-1) - probabilities  # of all that are more likely
-    least = jnp.where(before < top_p, ranked, jnp.inf).min(axis=-1, keepdims=True)
-    return jnp.where(logits < least, -jnp.inf, logits)
+    up_to = jnp.cumsum(jax.nn.softmax(ranked, axis=-1), axis=-1)
+    gone = (up_to <= 1 - top_p) & (top_p < 1) & (jnp.arange(V) < V - 1)
+    ranked = jnp.where(gone, -jnp.inf, ranked)
+    return jnp.take_along_axis(ranked, jnp.argsort(order, axis=-1), axis=-1)
 
 
 def prepare(model: nnx.Module) -> Any:
