@@ -8,7 +8,7 @@
     python -m llmzoo_jax.train --config=configs/real_cpu.py:phoenix
     python -m llmzoo_jax.train --config=configs/real_cpu.py:chimera
 
-5,900 conversations in 7 languages (ShareGPT, Alpaca, XPersona, FastChat), a tenth held out. The
+5,989 conversations in 7 languages (ShareGPT, Alpaca, XPersona, FastChat), a tenth held out. The
 README has the losses and times that were measured. A model of this size learns the shape of
 answers, not their facts.
 """
