@@ -103,24 +103,24 @@ def generate(
         model, tokens, np.asarray(lengths, np.int32), seeds, params, stops,
         slots=slots, new=_bucket(M), mode=mode, dtype=dtype,
     )  # fmt: skip
-    ended = [False] * B
+    ended, rows = [False] * B, [[] for _ in range(B)]
     while True:
         count = int(state.count)
         new, done = np.asarray(state.tokens)[:, :count], np.asarray(state.done)
-        rows = [_until_stop(row, stops) for row in new.tolist()]
-        for i, row in enumerate(rows):
-            if ended[i]:
+        for i, row in enumerate(new.tolist()):
+            if ended[i]:  # what the device wrote after that is not the row's
                 continue
+            rows[i] = _until_stop(row, stops)
             if on_tokens is not None:
-                on_tokens(i, row[:M])
-            ended[i] = bool(done[i]) or (stopped is not None and stopped(row))
+                on_tokens(i, rows[i])
+            ended[i] = bool(done[i]) or (stopped is not None and stopped(rows[i]))
         if all(ended) or count >= M:
             break
         state = _decode_window(
             model, state._replace(done=jnp.asarray(ended)), seeds, params, stops,
             limit=min(count + WINDOW, M), mode=mode, dtype=dtype,
         )  # fmt: skip
-    return [Generated(row[:M], "stop" if ended[i] else "length") for i, row in enumerate(rows)]
+    return [Generated(row, "stop" if ended[i] else "length") for i, row in enumerate(rows)]
 
 
 def _bucket(n: int) -> int:

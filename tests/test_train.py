@@ -233,7 +233,7 @@ def test_a_checkpoint_with_a_missing_tensor_is_named(finished):
 
 def with_data(folder: Path, tmp_path: Path, text: str) -> Config:
     (tmp_path / "bad.jsonl").write_text(text)
-    data = DataConfig(train=(Source(path=str(tmp_path / "bad.jsonl")),), batch_size=8,
+    data = DataConfig(train=(Source(path=str(tmp_path / "bad.jsonl")),), batch_size=16,
                       sequence_length=64, cache_dir=str(tmp_path))  # fmt: skip
     return make_config(folder, tmp_path / "run", data=data)
 
@@ -251,7 +251,7 @@ GOOD = turns(("user", "Qui ?"), ("assistant", "Moi."))
     [
         (GOOD + "{not json\n", r"bad\.jsonl:2.*not JSON"),
         (GOOD + '{"messages": []}\n', r"bad\.jsonl:2.*empty conversation"),
-        (turns(("user", "Qui ?")), r"bad\.jsonl:1.*user turn"),
+        (turns(("user", "Qui ?")), r"bad\.jsonl:1.*ends without an answer"),
         (turns(("user", "Qui ?"), ("robot", "Moi.")), r"bad\.jsonl:1.*unknown role 'robot'"),
         (turns(("user", "Qui ?"), ("assistant", "a</s>b")), r"bad\.jsonl:1.*</s>"),
         ("", r"bad\.jsonl.*no conversation"),
@@ -263,7 +263,7 @@ def test_a_bad_record_is_named_by_file_and_line(text, wanted, folder, tmp_path):
 
 
 def test_a_missing_data_file_is_named(folder, tmp_path):
-    data = DataConfig(train=(Source(path="nowhere.jsonl"),), batch_size=8, sequence_length=64)
+    data = DataConfig(train=(Source(path="nowhere.jsonl"),), batch_size=16, sequence_length=64)
     with pytest.raises(InputError, match=r"nowhere\.jsonl"):
         train.train(make_config(folder, tmp_path / "run", data=data))
 

@@ -63,7 +63,9 @@ class Embedding(nnx.Module):
         self.w = nnx.Param(std * jax.random.normal(rngs.params(), shape), axes=("vocab", "embed"))
 
     def __call__(self, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        return self.w[...].astype(dtype)[tokens]  # [B,T,D]
+        # Rows of a table that is split over D would be gathered by every device in full.
+        table = constrain(self.w[...].astype(dtype), ("vocab", "act_embed"))
+        return table[tokens]  # [B,T,D]
 
     def logits(self, x: jax.Array) -> jax.Array:
         """``[..., D] -> float32 [..., V]``; products in the dtype of ``x``, sums in float32."""
