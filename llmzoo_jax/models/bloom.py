@@ -22,10 +22,8 @@ class Attention(nnx.Module):
         D, N, H = config.hidden_size, config.num_heads, config.head_dim
         init = {"bias": True, "std": config.init_std, "rngs": rngs}
         self.slopes = tuple(attention.alibi_slopes(N))
-        self.qkv = Proj(
-            "BTD,DNCH->BTNCH", shape=(D, N, 3, H), axes=("embed", "heads", "qkv", "head"), **init
-        )
-        self.out = Proj("BTNH,NHD->BTD", shape=(N, H, D), axes=("heads", "head", "embed"), **init)
+        self.qkv = Proj((D,), (N, 3, H), axes=("embed", "heads", "qkv", "head"), **init)
+        self.out = Proj((N, H), (D,), axes=("heads", "head", "embed"), **init)
 
     def __call__(self, x, kv, mask, positions, key_positions):
         q, k, v = jnp.moveaxis(self.qkv(x), 3, 0)  # each [B,T,N,H]
@@ -46,8 +44,8 @@ class Block(nnx.Module):
         self.norm1 = LayerNorm(D, eps=config.layer_norm_eps)
         self.attention = Attention(config, rngs)
         self.norm2 = LayerNorm(D, eps=config.layer_norm_eps)
-        self.up = Proj("BTD,DF->BTF", shape=(D, F), axes=("embed", "mlp"), **init)
-        self.down = Proj("BTF,FD->BTD", shape=(F, D), axes=("mlp", "embed"), **init)
+        self.up = Proj((D,), (F,), axes=("embed", "mlp"), **init)
+        self.down = Proj((F,), (D,), axes=("mlp", "embed"), **init)
 
     def __call__(self, x, kv, mask, positions, key_positions):
         y = self.norm1(x)

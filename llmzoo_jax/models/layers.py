@@ -13,45 +13,65 @@ names its logical axes (``sharding.RULES``).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from llmzoo_jax.config import RopeConfig
-from llmzoo_jax.models.attention import KVCache
+from llmzoo_jax.models.attention import SAVED, KVCache
 from llmzoo_jax.sharding import constrain
 
 
+@jax.custom_vjp
+def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
+    """``x[...,K] @ w[K,N]``. Its own gradient gives the product of ``dw`` the longer side as rows:
+    autodiff's choice takes up to twice as long on a CPU, and more for weights of three axes."""
+    return jax.lax.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ())))
+
+
+def _matmul_backward(saved, dy):  # dy[...,N]
+    x, w = saved
+    lead = tuple(range(x.ndim - 1))
+    dx = jax.lax.dot_general(dy, w, (((dy.ndim - 1,), (1,)), ((), ())))
+    if w.shape[0] <= w.shape[1]:
+        return dx, jax.lax.dot_general(x, dy, ((lead, lead), ((), ())))
+    return dx, jax.lax.dot_general(dy, x, ((lead, lead), ((), ()))).T
+
+
+matmul.defvjp(lambda x, w: (matmul(x, w), (x, w)), _matmul_backward)
+
+
 class Proj(nnx.Module):
-    """``einsum(equation, x, w) + b``; ``w`` is normal(0, std), ``b`` zero."""
+    """A linear map of the axes ``inputs`` to ``outputs``, both given by their sizes: from
+    ``x[...,*inputs]`` to ``[...,*outputs]``. ``w[*inputs,*outputs]`` is normal(0, std), ``b`` zero.
+    """
 
     def __init__(
         self,
-        equation: str,
+        inputs: Sequence[int],
+        outputs: Sequence[int],
         *,
-        shape: Sequence[int],
         axes: Sequence[str],
         bias: bool,
         std: float,
         rngs: nnx.Rngs,
     ):
-        self.equation = equation
+        shape = (*inputs, *outputs)
+        self.num_inputs = len(inputs)
         self.w = nnx.Param(std * jax.random.normal(rngs.params(), shape), axes=tuple(axes))
-        if not bias:
-            self.b = None
-        else:
-            letters = equation.split(",")[1]
-            weight, out = letters.split("->")
-            kept = [weight.index(letter) for letter in out if letter in weight]
-            self.b = nnx.Param(
-                jnp.zeros([shape[i] for i in kept]), axes=tuple(axes[i] for i in kept)
-            )
+        self.b = nnx.Param(jnp.zeros(outputs), axes=tuple(axes[len(inputs) :])) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = jnp.einsum(self.equation, x, self.w[...].astype(x.dtype))
+        w = self.w[...].astype(x.dtype)
+        n = self.num_inputs
+        size = math.prod(w.shape[:n])
+        y = matmul(x.reshape(*x.shape[: x.ndim - n], size), w.reshape(size, -1))
+        y = checkpoint_name(y, SAVED).reshape(*y.shape[:-1], *w.shape[n:])
         return y if self.b is None else y + self.b[...].astype(x.dtype)
 
 
@@ -101,6 +121,13 @@ class RMSNorm(nnx.Module):
         return y.astype(x.dtype) * self.scale[...].astype(x.dtype)
 
 
+class Rope(NamedTuple):
+    """Rotary positions (Su et al., 2021), float32 ``[B,T,1,H/2]``."""
+
+    cos: jax.Array
+    sin: jax.Array
+
+
 def rope_frequencies(config: RopeConfig, head_dim: int) -> jax.Array:
     """Angular speeds, float32 ``[H/2]``. ``llama3`` as in HF's ``modeling_rope_utils.py``:
     long waves are slowed down by ``factor``, short ones kept, those between interpolated."""
@@ -116,10 +143,15 @@ def rope_frequencies(config: RopeConfig, head_dim: int) -> jax.Array:
     return (1 - smooth) * speed / config.factor + smooth * speed
 
 
-def apply_rope(x: jax.Array, positions: jax.Array, speed: jax.Array) -> jax.Array:
-    """Rotates pairs ``(i, i + H/2)`` of ``x[B,T,N,H]`` by ``positions[B,T] * speed[H/2]``."""
-    angle = positions[:, :, None, None].astype(jnp.float32) * speed  # [B,T,1,H/2]
-    cos, sin = jnp.cos(angle).astype(x.dtype), jnp.sin(angle).astype(x.dtype)
+def rope_angles(config: RopeConfig, head_dim: int, positions: jax.Array) -> Rope:
+    """For ``positions[B,T]``; computed once a model, not once a layer."""
+    angle = positions[:, :, None, None].astype(jnp.float32) * rope_frequencies(config, head_dim)
+    return Rope(jnp.cos(angle), jnp.sin(angle))
+
+
+def apply_rope(x: jax.Array, rope: Rope) -> jax.Array:
+    """Rotates the pairs ``(i, i + H/2)`` of ``x[B,T,N,H]``."""
+    cos, sin = rope.cos.astype(x.dtype), rope.sin.astype(x.dtype)
     a, b = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
@@ -149,7 +181,10 @@ def run_blocks(
     remat: str,
 ) -> tuple[jax.Array, KVCache | None]:
     """Applies the blocks to ``x[B,T,D]``; ``block(x, kv_of_layer, *block_inputs)`` gives
-    ``(x, kv_of_layer)``. ``blocks`` is stacked (one ``lax.scan``) or a tuple (unrolled)."""
+    ``(x, kv_of_layer)``. ``blocks`` is stacked (one ``lax.scan``) or a tuple (unrolled).
+
+    ``remat`` says what the backward pass computes again: "full" each layer, "dots" all but the
+    projections and the attention's output, "none" nothing."""
 
     def body(x, block_and_kv):
         block, kv = block_and_kv
@@ -159,7 +194,8 @@ def run_blocks(
     if remat == "full":
         body = jax.checkpoint(body)
     elif remat == "dots":
-        body = jax.checkpoint(body, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+        policy = jax.checkpoint_policies.save_only_these_names(SAVED)
+        body = jax.checkpoint(body, policy=policy)
     if not isinstance(blocks, tuple):
         return jax.lax.scan(body, x, (blocks, kv_cache))
     layers = []

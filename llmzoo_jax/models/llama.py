@@ -20,14 +20,14 @@ class Attention(nnx.Module):
     def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
         D, N, K, H = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
         init = {"bias": config.attention_bias, "std": config.init_std, "rngs": rngs}
-        self.q = Proj("BTD,DNH->BTNH", shape=(D, N, H), axes=("embed", "heads", "head"), **init)
-        self.k = Proj("BTD,DKH->BTKH", shape=(D, K, H), axes=("embed", "kv_heads", "head"), **init)
-        self.v = Proj("BTD,DKH->BTKH", shape=(D, K, H), axes=("embed", "kv_heads", "head"), **init)
-        self.out = Proj("BTNH,NHD->BTD", shape=(N, H, D), axes=("heads", "head", "embed"), **init)
+        self.q = Proj((D,), (N, H), axes=("embed", "heads", "head"), **init)
+        self.k = Proj((D,), (K, H), axes=("embed", "kv_heads", "head"), **init)
+        self.v = Proj((D,), (K, H), axes=("embed", "kv_heads", "head"), **init)
+        self.out = Proj((N, H), (D,), axes=("heads", "head", "embed"), **init)
 
-    def __call__(self, x, kv, mask, positions, speed):
-        q = layers.apply_rope(self.q(x), positions, speed)  # [B,T,N,H]
-        k = layers.apply_rope(self.k(x), positions, speed)  # [B,T,K,H]
+    def __call__(self, x, kv, mask, positions, rope):
+        q = layers.apply_rope(self.q(x), rope)  # [B,T,N,H]
+        k = layers.apply_rope(self.k(x), rope)  # [B,T,K,H]
         k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(self.v(x), 1, 2)  # [B,K,T,H]
         if kv is not None:
             kv = attention.write_cache(kv, k, v, positions)
@@ -42,12 +42,12 @@ class Block(nnx.Module):
         self.norm1 = RMSNorm(D, eps=config.rms_norm_eps)
         self.attention = Attention(config, rngs)
         self.norm2 = RMSNorm(D, eps=config.rms_norm_eps)
-        self.gate = Proj("BTD,DF->BTF", shape=(D, F), axes=("embed", "mlp"), **init)
-        self.up = Proj("BTD,DF->BTF", shape=(D, F), axes=("embed", "mlp"), **init)
-        self.down = Proj("BTF,FD->BTD", shape=(F, D), axes=("mlp", "embed"), **init)
+        self.gate = Proj((D,), (F,), axes=("embed", "mlp"), **init)
+        self.up = Proj((D,), (F,), axes=("embed", "mlp"), **init)
+        self.down = Proj((F,), (D,), axes=("mlp", "embed"), **init)
 
-    def __call__(self, x, kv, mask, positions, speed):
-        y, kv = self.attention(self.norm1(x), kv, mask, positions, speed)
+    def __call__(self, x, kv, mask, positions, rope):
+        y, kv = self.attention(self.norm1(x), kv, mask, positions, rope)
         x = x + y
         y = self.norm2(x)
         return x + self.down(jax.nn.silu(self.gate(y)) * self.up(y)), kv
@@ -74,10 +74,10 @@ class Llama(nnx.Module):
         dtype: jnp.dtype = jnp.float32,
         remat: str = "none",
     ) -> tuple[jax.Array, KVCache | None]:
-        speed = layers.rope_frequencies(self.config.rope, self.config.head_dim)
+        rope = layers.rope_angles(self.config.rope, self.config.head_dim, positions)
         x = constrain(self.embed(tokens, dtype), ("batch", "length", "act_embed"))
         x, kv_cache = layers.run_blocks(
-            self.blocks, x, (mask, positions, speed), kv_cache=kv_cache, remat=remat
+            self.blocks, x, (mask, positions, rope), kv_cache=kv_cache, remat=remat
         )
         return self.norm(x), kv_cache
 
