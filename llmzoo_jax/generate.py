@@ -22,7 +22,7 @@ from llmzoo_jax.errors import InputError
 from llmzoo_jax.models import KVCache
 
 WINDOW = 16  # tokens decoded in one call; a stop string is noticed at its end
-BUCKET = 64  # prompts and caches are padded to this times a power of two: few compilations
+BUCKET = 32  # prompts and caches are padded to this times a power of two: few compilations
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +88,7 @@ def generate(
         raise InputError("generate: every prompt needs at least one token")
     B, M = len(prompts), sampling.max_new_tokens
     T = _bucket(max(lengths))
-    slots = _bucket(max(lengths) + M + 1)
+    used = max(lengths)  # cache slots
     tokens = np.zeros((B, T), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
@@ -101,7 +101,7 @@ def generate(
     stops = np.asarray(sorted(set(stop_ids)) or [-1], np.int32)
     state = _prefill(
         model, tokens, np.asarray(lengths, np.int32), seeds, params, stops,
-        slots=slots, new=_bucket(M), mode=mode, dtype=dtype,
+        slots=_bucket(used + WINDOW), new=_bucket(M), mode=mode, dtype=dtype,
     )  # fmt: skip
     ended, rows = [False] * B, [[] for _ in range(B)]
     while True:
@@ -116,9 +116,10 @@ def generate(
             ended[i] = bool(done[i]) or (stopped is not None and stopped(rows[i]))
         if all(ended) or count >= M:
             break
+        used += WINDOW
         state = _decode_window(
-            model, state._replace(done=jnp.asarray(ended)), seeds, params, stops,
-            limit=min(count + WINDOW, M), mode=mode, dtype=dtype,
+            model, _grow(state._replace(done=jnp.asarray(ended)), slots=_bucket(used)),
+            seeds, params, stops, limit=min(count + WINDOW, M), mode=mode, dtype=dtype,
         )  # fmt: skip
     return [Generated(row, "stop" if ended[i] else "length") for i, row in enumerate(rows)]
 
@@ -169,6 +170,21 @@ def _prefill(
         done=(chosen[:, None] == stops).any(-1),
         kv_cache=cache,
     )
+
+
+def _grow(state: DecodeState, *, slots: int) -> DecodeState:
+    """The state with a cache of ``slots`` slots at least. Attention reads every slot, used or not,
+    so the cache follows the tokens; it doubles, so that there are few sizes to compile."""
+    more = slots - jax.tree.leaves(state.kv_cache)[0].shape[-2]
+    return state if more <= 0 else _pad_cache(state, more=more)
+
+
+@functools.partial(jax.jit, static_argnames=("more",))
+def _pad_cache(state: DecodeState, *, more: int) -> DecodeState:
+    def pad(x):
+        return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, more), (0, 0)])
+
+    return state._replace(kv_cache=jax.tree.map(pad, state.kv_cache))
 
 
 @functools.partial(jax.jit, static_argnames=("mode", "dtype"), donate_argnames=("state",))

@@ -48,11 +48,19 @@ def cache_mask(positions: jax.Array, num_slots: int) -> Mask:
 def write_cache(cache: KVCache, k: jax.Array, v: jax.Array, positions: jax.Array) -> KVCache:
     """Puts ``k, v [B,K,T,H]`` of consecutive ``positions[B,T]`` into one layer's cache."""
 
-    def put(row, new, start):
-        return jax.lax.dynamic_update_slice(row, new.astype(row.dtype), (0, start, 0))
+    starts = positions[:, 0]
+    if len(starts) > 32:  # a scatter; rows one by one would make the program too long
+        put = jax.vmap(lambda row, new, start: _update(row, new, (0, start, 0)))
+        return KVCache(put(cache.k, k, starts), put(cache.v, v, starts))
+    k_cache, v_cache = cache
+    for row, start in enumerate(starts):  # in place; a CPU runs a scatter as a slow loop
+        k_cache = _update(k_cache, k[row : row + 1], (row, 0, start, 0))
+        v_cache = _update(v_cache, v[row : row + 1], (row, 0, start, 0))
+    return KVCache(k_cache, v_cache)
 
-    put = jax.vmap(put)
-    return KVCache(put(cache.k, k, positions[:, 0]), put(cache.v, v, positions[:, 0]))
+
+def _update(old, new, starts):
+    return jax.lax.dynamic_update_slice(old, new.astype(old.dtype), starts)
 
 
 def attend(
