@@ -158,7 +158,7 @@ def _prefill(
         model.config, B, slots, dtype=jnp.dtype(dtype), unrolled=isinstance(model.blocks, tuple)
     )
     positions = jnp.broadcast_to(jnp.arange(T), (B, T))
-    mask = models.cache_mask(positions, slots)
+    mask = models.cache_mask(positions)
     hidden, cache = model.hidden(tokens, mask, positions, kv_cache=cache, dtype=jnp.dtype(dtype))
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]  # [B,D]
     chosen = choose(model.logits(last), seeds, lengths, params, mode=mode)
@@ -192,13 +192,12 @@ def _decode_window(
     model, state: DecodeState, seeds, params, stops, *, limit, mode: str, dtype: str
 ) -> DecodeState:
     """Decodes until ``state.count`` is ``limit`` or every row is done."""
-    slots = jax.tree.leaves(state.kv_cache)[0].shape[-2]
 
     def step(state: DecodeState) -> DecodeState:
         positions = state.positions[:, None]  # [B,1]
         hidden, cache = model.hidden(
             state.last[:, None],
-            models.cache_mask(positions, slots),
+            models.cache_mask(positions),
             positions,
             kv_cache=state.kv_cache,
             dtype=jnp.dtype(dtype),

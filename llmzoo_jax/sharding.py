@@ -7,7 +7,7 @@ A parameter names its logical axes where it is made (``nnx.Param(..., axes=("emb
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -85,14 +85,23 @@ def sharding_of(
         raise ShardingError(f"{name}: shape {tuple(shape)} does not match its axes {tuple(axes)}")
     partition = spec(axes, name=name)
     for size, axis, part in zip(shape, axes, partition, strict=True):
-        mesh_axes = part if isinstance(part, tuple) else (part,) if part else ()
-        ways = math.prod(mesh.shape[a] for a in mesh_axes)
+        ways = _ways(part, mesh)
         if size % ways:
+            mesh_axes = _mesh_axes(part)
             raise ShardingError(
                 f"{name}: axis {axis!r} of size {size} is not divisible by {ways}, the mesh axis "
                 f"{'*'.join(mesh_axes)}; choose another mesh.{mesh_axes[-1]}"
             )
     return NamedSharding(mesh, partition)
+
+
+def _mesh_axes(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return part if isinstance(part, tuple) else (part,) if part else ()
+
+
+def _ways(part: str | tuple[str, ...] | None, mesh: Mesh) -> int:
+    """How many parts an entry of a PartitionSpec cuts an axis into."""
+    return math.prod(mesh.shape[axis] for axis in _mesh_axes(part))
 
 
 def tree_shardings(tree: Any, mesh: Mesh) -> Any:
@@ -127,6 +136,39 @@ def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, spec(axes, name="activation"))
+
+
+def per_device(function: Callable, *, inputs: Any, outputs: Any) -> Callable:
+    """``function``, run by each device of the mesh (if one is set) on its own part.
+
+    ``inputs`` and ``outputs`` are pytrees of logical axes, as ``function`` takes and gives arrays.
+    Where a mesh axis does not divide an array, everything is computed as one, which the compiler
+    splits as it can.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return function
+
+    def is_axes(node):
+        return type(node) is tuple and all(x is None or isinstance(x, str) for x in node)
+
+    def specs(axes):
+        return jax.tree.map(lambda a: spec(a, name="activation"), axes, is_leaf=is_axes)
+
+    def divides(axes, x):
+        return all(
+            size % _ways(part, mesh) == 0
+            for size, part in zip(x.shape, spec(axes, name="activation"), strict=True)
+        )
+
+    def run(*args):
+        if not all(jax.tree.leaves(jax.tree.map(divides, inputs, args, is_leaf=is_axes))):
+            return function(*args)
+        return jax.shard_map(
+            function, in_specs=specs(inputs), out_specs=specs(outputs), check_vma=False
+        )(*args)
+
+    return run
 
 
 def batch_sharding(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:

@@ -18,7 +18,8 @@ STANDARD = set(sys.stdlib_module_names)
 CORE = {"llmzoo_jax.config", "llmzoo_jax.errors", "llmzoo_jax.cli"}
 TEXT = {"llmzoo_jax.conversation", "llmzoo_jax.chat_formats", "llmzoo_jax.tokenizer"}
 BELOW_MODELS = {"llmzoo_jax.sharding", "llmzoo_jax.config", "llmzoo_jax.errors"}
-FAMILY = {*BELOW_MODELS, "llmzoo_jax.models.attention", "llmzoo_jax.models.layers"}
+ATTENTION = {"llmzoo_jax.models.attention", "llmzoo_jax.models.packed_attention"}
+FAMILY = {*BELOW_MODELS, *ATTENTION, "llmzoo_jax.models.layers"}
 MODELS = {*BELOW_MODELS, "llmzoo_jax.models"}
 MAY_IMPORT = {
     "llmzoo_jax.errors": set(),
@@ -35,8 +36,9 @@ MAY_IMPORT = {
     "llmzoo_jax.sharding": CORE,
     "llmzoo_jax.optim": {*CORE, "llmzoo_jax.sharding"},
     "llmzoo_jax.models": MODELS,
-    "llmzoo_jax.models.attention": BELOW_MODELS,
-    "llmzoo_jax.models.layers": {*BELOW_MODELS, "llmzoo_jax.models.attention"},
+    "llmzoo_jax.models.packed_attention": BELOW_MODELS,
+    "llmzoo_jax.models.attention": {*BELOW_MODELS, "llmzoo_jax.models.packed_attention"},
+    "llmzoo_jax.models.layers": {*BELOW_MODELS, *ATTENTION},
     "llmzoo_jax.models.bloom": FAMILY,
     "llmzoo_jax.models.llama": FAMILY,
     "llmzoo_jax.step": {*MODELS, "llmzoo_jax.packing", "llmzoo_jax.optim"},

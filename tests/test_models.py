@@ -91,9 +91,7 @@ def test_cached_decoding_equals_the_full_forward(case, form):
 
     @parity.quick_jit
     def extend(model, cache, tokens, positions):
-        x, cache = model.hidden(
-            tokens, models.cache_mask(positions, slots), positions, kv_cache=cache
-        )
+        x, cache = model.hidden(tokens, models.cache_mask(positions), positions, kv_cache=cache)
         return model.logits(x), cache
 
     positions = np.broadcast_to(np.arange(16, dtype=np.int32), (4, 16))

@@ -79,7 +79,9 @@ class Bloom(nnx.Module):
         dtype: jnp.dtype = jnp.float32,
         remat: str = "none",
     ) -> tuple[jax.Array, KVCache | None]:
-        key_positions = positions if kv_cache is None else mask.key_order
+        key_positions = positions
+        if kv_cache is not None:
+            key_positions = attention.slot_positions(kv_cache, len(tokens))
         x = self.embed_norm(self.embed(tokens, dtype))
         x = constrain(x, ("batch", "length", "act_embed"))
         x, kv_cache = layers.run_blocks(

@@ -23,7 +23,8 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from llmzoo_jax.config import RopeConfig
-from llmzoo_jax.models.attention import SAVED, KVCache
+from llmzoo_jax.models.attention import KVCache
+from llmzoo_jax.models.packed_attention import SAVED
 from llmzoo_jax.sharding import constrain
 
 
