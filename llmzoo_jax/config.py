@@ -94,7 +94,7 @@ class ComputeConfig:
     """How the model is computed; none of it changes what the model is."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters stay float32
-    remat: Literal["none", "full", "dots"] = "none"  # what the backward pass computes again
+    remat: Literal["none", "dots", "full"] = "dots"  # what the backward pass computes again
     loss_chunk: int = 0  # tokens of which logits are held at once; 0 = all of them
 
 
