@@ -1,8 +1,8 @@
 """Batched decoding with a key/value cache: greedy and sampled. Token ids in, token ids out.
 
-The prompts are prefilled in one call, padded to a bucket; then windows of ``WINDOW`` steps run on
-the device (``lax.while_loop``), and between them the host looks for stop strings. A row's tokens
-depend on its prompt, its parameters and its seed, not on its batch-mates.
+The prompts are prefilled in one call, padded to a bucket; then windows of steps run on the device
+(``lax.while_loop``), and between them the host looks for stop strings and grows the cache. A row's
+tokens depend on its prompt, its parameters and its seed, not on its batch-mates.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from llmzoo_jax.errors import InputError
 from llmzoo_jax.models import KVCache
 
 WINDOW = 16  # tokens decoded in one call; a stop string is noticed at its end
+STREAM_WINDOW = 4  # the same where somebody watches
 BUCKET = 32  # prompts and caches are padded to this times a power of two: few compilations
 
 
@@ -87,6 +88,7 @@ def generate(
     if not prompts or 0 in lengths:
         raise InputError("generate: every prompt needs at least one token")
     B, M = len(prompts), sampling.max_new_tokens
+    window = WINDOW if on_tokens is None else STREAM_WINDOW
     T = _bucket(max(lengths))
     used = max(lengths)  # cache slots
     tokens = np.zeros((B, T), np.int32)
@@ -101,7 +103,7 @@ def generate(
     stops = np.asarray(sorted(set(stop_ids)) or [-1], np.int32)
     state = _prefill(
         model, tokens, np.asarray(lengths, np.int32), seeds, params, stops,
-        slots=_bucket(used + WINDOW), new=_bucket(M), mode=mode, dtype=dtype,
+        slots=_bucket(used + window), new=_bucket(M), mode=mode, dtype=dtype,
     )  # fmt: skip
     ended, rows = [False] * B, [[] for _ in range(B)]
     while True:
@@ -116,10 +118,10 @@ def generate(
             ended[i] = bool(done[i]) or (stopped is not None and stopped(rows[i]))
         if all(ended) or count >= M:
             break
-        used += WINDOW
+        used += window
         state = _decode_window(
             model, _grow(state._replace(done=jnp.asarray(ended)), slots=_bucket(used)),
-            seeds, params, stops, limit=min(count + WINDOW, M), mode=mode, dtype=dtype,
+            seeds, params, stops, limit=min(count + window, M), mode=mode, dtype=dtype,
         )  # fmt: skip
     return [Generated(row, "stop" if ended[i] else "length") for i, row in enumerate(rows)]
 

@@ -86,6 +86,9 @@ def train(config: Config) -> None:
         put = functools.partial(jax.device_put, device=batch_sharding)
         log = metrics.MetricsLog(config.run_dir, start_step=start)
         stop = StopSignal()
+        since = time.monotonic()
+        step_fn = step_fn.lower(state, put(data.batch(start))).compile()
+        say(f"compiled in {time.monotonic() - since:.1f} s")
         pending, counts, since = [], Counter(), time.monotonic()
         bar = tqdm(
             data.iterate(start, total), initial=start, total=total, unit="step", disable=None
@@ -95,10 +98,6 @@ def train(config: Config) -> None:
             pending.append(step_metrics)
             counts["tokens"] += int((batch.segment_ids > 0).sum())
             counts["slots"] += B * T
-            if step == start + 1:
-                jax.block_until_ready(step_metrics)
-                say(f"first step after {time.monotonic() - since:.1f} s (compilation included)")
-                counts, since = Counter(), time.monotonic()
             last = step == total or bool(stop.asked)
             due_eval = step == total or (config.eval_every and step % config.eval_every == 0)
             due_save = last or step % config.save_every == 0

@@ -100,6 +100,18 @@ def test_a_long_batch_mate_changes_nothing():
     assert tokens_of(generate(model, longer, sampling=SAMPLED))[:-1] == together[:-1]
 
 
+def test_how_the_cache_grows_changes_nothing(monkeypatch):
+    monkeypatch.setattr(decoding, "BUCKET", 128)  # from the start as large as it will be
+    rows = generate(model_of(LLAMA), random_prompts(LLAMA), sampling=Sampling(max_new_tokens=NEW))
+    assert rows == greedy_rows(LLAMA)
+
+
+def test_a_batch_of_many_rows_gives_the_same_tokens():
+    prompts = random_prompts(BLOOM) * 2  # over 32: the cache is written by a scatter
+    rows = generate(model_of(BLOOM), prompts, sampling=Sampling(max_new_tokens=NEW))
+    assert rows == greedy_rows(BLOOM) * 2
+
+
 def test_the_seed_alone_decides_what_is_drawn():
     model, prompts = model_of(LLAMA), random_prompts(LLAMA)
     first = tokens_of(generate(model, prompts, sampling=SAMPLED))

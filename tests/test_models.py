@@ -16,9 +16,9 @@ from llmzoo_jax.packing import Batch
 from tests import parity
 
 TOLERANCE = 1e-4  # of logits, absolute
-T = 128  # long enough for attention in chunks
+T = 160  # more than a block of attention
 # Rows of segments: one, many, single tokens, a full row, padding behind.
-PACKED = ([50, 1, 30, 47], [128], [3, 2, 1, 60])
+PACKED = ([50, 1, 30, 79], [160], [3, 2, 1, 60])
 
 
 def random_tokens(config, shape, seed=0):
@@ -31,7 +31,7 @@ def random_tokens(config, shape, seed=0):
 @pytest.mark.parametrize("case", parity.CASES)
 def test_right_padded_logits_equal_transformers(case):
     theirs, ours = parity.pair(case)
-    lengths = [128, 77, 1]
+    lengths = [160, 77, 1]
     tokens = random_tokens(ours.config, (3, T))
     real = parity.padding_mask(tokens.shape, lengths)
     segment_ids, positions = parity.segments([[n] for n in lengths], T)

@@ -47,6 +47,9 @@ class Block(nnx.Module):
         self.up = Proj((D,), (F,), axes=("embed", "mlp"), **init)
         self.down = Proj((F,), (D,), axes=("mlp", "embed"), **init)
 
+    def join(self):
+        """For decoding: see ``layers.Joint``. Query, key and value are one projection already."""
+
     def __call__(self, x, kv, mask, positions, key_positions):
         y = self.norm1(x)
         residual = y if self.residual_post_layernorm else x

@@ -13,6 +13,7 @@ names its logical axes (``sharding.RULES``).
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -74,6 +75,34 @@ class Proj(nnx.Module):
         y = matmul(x.reshape(*x.shape[: x.ndim - n], size), w.reshape(size, -1))
         y = checkpoint_name(y, SAVED).reshape(*y.shape[:-1], *w.shape[n:])
         return y if self.b is None else y + self.b[...].astype(x.dtype)
+
+
+class Joint(nnx.Module):
+    """Projections of one input as a single product, for decoding: a CPU reads one large weight
+    faster than several small ones. Gives their outputs in order."""
+
+    def __init__(self, *projections: Proj):
+        n = projections[0].num_inputs
+        inputs = projections[0].w.shape[:n]
+        self.num_inputs = n
+        self.outputs = tuple(tuple(p.w.shape[n:]) for p in projections)
+        flat = [p.w[...].reshape(math.prod(inputs), -1) for p in projections]
+        self.w = nnx.Param(jnp.concatenate(flat, axis=1))
+        self.b = None
+        if projections[0].b is not None:
+            self.b = nnx.data(nnx.Param(jnp.concatenate([p.b[...].ravel() for p in projections])))
+
+    def __call__(self, x: jax.Array) -> list[jax.Array]:
+        x = x.reshape(*x.shape[: x.ndim - self.num_inputs], -1)
+        y = matmul(x, self.w[...].astype(x.dtype))
+        if self.b is not None:
+            y = y + self.b[...].astype(x.dtype)
+        ends = list(itertools.accumulate(map(math.prod, self.outputs)))
+        parts = jnp.split(y, ends[:-1], axis=-1)
+        return [
+            part.reshape(*part.shape[:-1], *shape)
+            for part, shape in zip(parts, self.outputs, strict=True)
+        ]
 
 
 class Embedding(nnx.Module):
@@ -167,10 +196,13 @@ def stack(make_block: Callable[[nnx.Rngs], nnx.Module], num_layers: int, rngs: n
 
 
 def unstack(blocks: nnx.Module) -> tuple[nnx.Module, ...]:
-    """Stacked blocks -> one block a layer. Decoding on a CPU is faster so: a scan copies each
-    layer's weights out of the stack at every step."""
+    """Stacked blocks -> one block a layer, joined. Decoding on a CPU is faster so: a scan copies
+    each layer's weights out of the stack at every step."""
     num_layers = jax.tree.leaves(blocks)[0].shape[0]
-    return tuple(jax.tree.map(lambda x, i=i: x[i], blocks) for i in range(num_layers))
+    layers = tuple(jax.tree.map(lambda x, i=i: x[i], blocks) for i in range(num_layers))
+    for block in layers:
+        block.join()
+    return layers
 
 
 def run_blocks(

@@ -12,7 +12,7 @@ from flax import nnx
 from llmzoo_jax.config import LlamaConfig
 from llmzoo_jax.models import attention, layers
 from llmzoo_jax.models.attention import KVCache, Mask
-from llmzoo_jax.models.layers import Embedding, Proj, RMSNorm
+from llmzoo_jax.models.layers import Embedding, Joint, Proj, RMSNorm
 from llmzoo_jax.sharding import constrain
 
 
@@ -25,10 +25,17 @@ class Attention(nnx.Module):
         self.v = Proj((D,), (K, H), axes=("embed", "kv_heads", "head"), **init)
         self.out = Proj((N, H), (D,), axes=("heads", "head", "embed"), **init)
 
+        self.qkv = None
+
+    def join(self):
+        self.qkv = nnx.data(Joint(self.q, self.k, self.v))
+        del self.q, self.k, self.v
+
     def __call__(self, x, kv, mask, positions, rope):
-        q = layers.apply_rope(self.q(x), rope)  # [B,T,N,H]
-        k = layers.apply_rope(self.k(x), rope)  # [B,T,K,H]
-        k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(self.v(x), 1, 2)  # [B,K,T,H]
+        q, k, v = self.qkv(x) if self.qkv else (self.q(x), self.k(x), self.v(x))
+        q = layers.apply_rope(q, rope)  # [B,T,N,H]
+        k = layers.apply_rope(k, rope)  # [B,T,K,H]
+        k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)  # [B,K,T,H]
         if kv is not None:
             kv = attention.write_cache(kv, k, v, positions)
             k, v = kv
@@ -46,11 +53,20 @@ class Block(nnx.Module):
         self.up = Proj((D,), (F,), axes=("embed", "mlp"), **init)
         self.down = Proj((F,), (D,), axes=("mlp", "embed"), **init)
 
+        self.gate_up = None
+
+    def join(self):
+        """For decoding: see ``layers.Joint``."""
+        self.attention.join()
+        self.gate_up = nnx.data(Joint(self.gate, self.up))
+        del self.gate, self.up
+
     def __call__(self, x, kv, mask, positions, rope):
         y, kv = self.attention(self.norm1(x), kv, mask, positions, rope)
         x = x + y
         y = self.norm2(x)
-        return x + self.down(jax.nn.silu(self.gate(y)) * self.up(y)), kv
+        gate, up = self.gate_up(y) if self.gate_up else (self.gate(y), self.up(y))
+        return x + self.down(jax.nn.silu(gate) * up), kv
 
 
 class Llama(nnx.Module):
