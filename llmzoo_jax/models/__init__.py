@@ -52,7 +52,7 @@ def num_params(model: nnx.Module) -> int:
 def init_cache(config: ModelConfig, batch: int, slots: int, *, dtype, unrolled: bool) -> KVCache:
     """An empty cache for ``batch`` rows of up to ``slots`` tokens; ``unrolled`` as the blocks."""
     kv_heads = config.num_kv_heads if isinstance(config, LlamaConfig) else config.num_heads
-    shape = (batch, kv_heads, slots, config.head_dim)
+    shape = (batch * kv_heads, slots, config.head_dim)
     if not unrolled:
         return KVCache(*(jnp.zeros((config.num_layers, *shape), dtype) for _ in range(2)))
     return KVCache(

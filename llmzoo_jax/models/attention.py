@@ -13,8 +13,8 @@ from llmzoo_jax.models.packed_attention import SAVED, packed_attention
 
 
 class KVCache(NamedTuple):
-    """Keys and values, ``[L,B,K,S,H]`` or a tuple of L arrays ``[B,K,S,H]``. Slot s holds the key
-    of position s: rows of any length start at slot 0."""
+    """Keys and values, ``[L,BK,S,H]`` or a tuple of L arrays ``[BK,S,H]``: row b has the heads
+    from b * K. Slot s holds the key of position s: rows of any length start at slot 0."""
 
     k: Any
     v: Any
@@ -50,15 +50,19 @@ def slot_positions(cache: KVCache, batch: int) -> jax.Array:
 
 def write_cache(cache: KVCache, k: jax.Array, v: jax.Array, positions: jax.Array) -> KVCache:
     """Puts ``k, v [B,K,T,H]`` of consecutive ``positions[B,T]`` into one layer's cache."""
-
+    B, K, _, H = k.shape
     starts = positions[:, 0]
-    if len(starts) > 32:  # a scatter; rows one by one would make the program too long
-        put = jax.vmap(lambda row, new, start: _update(row, new, (0, start, 0)))
-        return KVCache(put(cache.k, k, starts), put(cache.v, v, starts))
+    if B > 32:  # a scatter; rows one by one would make the program too long
+
+        def put(old, new):
+            rows = jax.vmap(lambda row, new, start: _update(row, new, (0, start, 0)))
+            return rows(old.reshape(B, K, -1, H), new, starts).reshape(old.shape)
+
+        return KVCache(put(cache.k, k), put(cache.v, v))
     k_cache, v_cache = cache
     for row, start in enumerate(starts):  # in place; a CPU runs a scatter as a slow loop
-        k_cache = _update(k_cache, k[row : row + 1], (row, 0, start, 0))
-        v_cache = _update(v_cache, v[row : row + 1], (row, 0, start, 0))
+        k_cache = _update(k_cache, k[row], (row * K, start, 0))
+        v_cache = _update(v_cache, v[row], (row * K, start, 0))
     return KVCache(k_cache, v_cache)
 
 
@@ -82,7 +86,7 @@ def attend(
     constant per query, so the softmax is the same (Press et al., 2022). Returns ``[B,T,N,H]``.
     """
     B, T, N, H = q.shape
-    K = k.shape[1]
+    K = k.shape[1] if k.ndim == 4 else k.shape[0] // B
     q = jnp.moveaxis(q.reshape(B, T, K, N // K, H), 1, 3)  # [B,K,G,T,H]
     slopes = None if alibi_slopes is None else alibi_slopes.reshape(K, N // K)
     if mask.last is None and jax.default_backend() == "cpu":
@@ -93,17 +97,23 @@ def attend(
 
 
 def plain_attention(q, k, v, mask: Mask, *, slopes=None, positions=None) -> jax.Array:
-    """``q[B,K,G,T,H], k, v[B,K,S,H] -> [B,K,G,T,H]`` by way of all T x S scores."""
-    scores = jnp.einsum("BKGTH,BKSH->BKGTS", q, k, preferred_element_type=jnp.float32)
-    scores = scores * (1.0 / math.sqrt(q.shape[-1]))
+    """``q[B,K,G,T,H] -> [B,K,G,T,H]`` by way of all T x S scores; ``k, v`` are ``[B,K,S,H]`` or,
+    as a cache holds them, ``[BK,S,H]``."""
+    B, K, G, T, H = q.shape
+    # Rows and heads as one batch axis M, R = G * T: as the cache is stored (see KVCache).
+    k, v = (x.reshape(B * K, -1, H) for x in (k, v))  # [M,S,H]
+    q = q.reshape(B * K, G * T, H)  # [M,R,H]
+    scores = jnp.einsum("MRH,MSH->MRS", q, k, preferred_element_type=jnp.float32)
+    scores = (scores * (1.0 / math.sqrt(H))).reshape(B, K, G, T, -1)
     if slopes is not None:
         scores = scores + slopes[:, :, None, None] * positions[:, None, None, None, :]
-    key = jnp.arange(k.shape[2])
-    last = jnp.arange(q.shape[3]) if mask.last is None else mask.last
+    key = jnp.arange(k.shape[1])
+    last = jnp.arange(T) if mask.last is None else mask.last
     seen = (mask.first[..., None] <= key) & (key <= last[..., None])  # [B,T,S]
     scores = jnp.where(seen[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return checkpoint_name(jnp.einsum("BKGTS,BKSH->BKGTH", weights, v), SAVED)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(B * K, G * T, -1)
+    y = jnp.einsum("MRS,MSH->MRH", weights, v).reshape(B, K, G, T, H)
+    return checkpoint_name(y, SAVED)
 
 
 def alibi_slopes(num_heads: int) -> list[float]:
