@@ -18,5 +18,5 @@ lint() {
 
 stage "Install into $VENV" install "[dev]"
 stage "Lint" lint
-stage "Test" python -m pytest "${ARGS[@]}"
+stage "Test" python -m pytest -n auto --dist loadfile "${ARGS[@]}"
 report_times

@@ -8,6 +8,7 @@ tokens depend on its prompt, its parameters and its seed, not on its batch-mates
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -23,7 +24,7 @@ from llmzoo_jax.models import KVCache
 
 WINDOW = 16  # tokens decoded in one call; a stop string is noticed at its end
 STREAM_WINDOW = 4  # the same where somebody watches
-BUCKET = 32  # prompts and caches are padded to this times a power of two: few compilations
+BUCKET = 32  # see _bucket; prompts and caches have few sizes, so that little is compiled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,10 +128,9 @@ def generate(
 
 
 def _bucket(n: int) -> int:
-    size = BUCKET
-    while size < n:
-        size *= 2
-    return size
+    """The first of 32, 48, 64, 96, 128, 192, .. that is not below ``n``."""
+    sizes = (size << k for k in itertools.count() for size in (BUCKET, BUCKET * 3 // 2))
+    return next(size for size in sizes if size >= n)
 
 
 def _until_stop(row: list[int], stops: np.ndarray) -> list[int]:
@@ -176,7 +176,7 @@ def _prefill(
 
 def _grow(state: DecodeState, *, slots: int) -> DecodeState:
     """The state with a cache of ``slots`` slots at least. Attention reads every slot, used or not,
-    so the cache follows the tokens; it doubles, so that there are few sizes to compile."""
+    so the cache follows the tokens, in few sizes, since each is compiled."""
     more = slots - jax.tree.leaves(state.kv_cache)[0].shape[-2]
     return state if more <= 0 else _pad_cache(state, more=more)
 
