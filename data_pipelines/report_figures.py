@@ -56,7 +56,9 @@ def _lengths(report: dict[str, Any], path: Path) -> None:
     bins = report["lengths"]["histogram"]
     figure, (axis,) = _axes(1, rows=14)
     names = [f"{b['to']:,}" for b in bins]
-    axis.bar(names, [b["conversations"] for b in bins], color="#41658a")
+    bars = axis.bar(names, [b["conversations"] for b in bins], color="#41658a")
+    axis.bar_label(bars, fmt="{:,.0f}", padding=2, fontsize=8, color=INK)
+    axis.margins(y=0.12)
     length = report["about"]["length"]
     inside = sum(b["to"] <= length + 1 for b in bins)
     if inside < len(bins):
@@ -74,11 +76,10 @@ def _tokens(axis: Any, groups: dict[str, Any], title: str) -> None:
     loss = [g["loss_tokens"] for g in groups.values()]
     rest = [g["tokens"] - g["loss_tokens"] for g in groups.values()]
     places = range(len(groups))
-    axis.barh(places, loss, color=LOSS, label="in the loss")
-    axis.barh(places, rest, left=loss, color=REST, label="other tokens")
+    axis.barh(places, loss, color=LOSS)
+    axis.barh(places, rest, left=loss, color=REST)
     axis.set_yticks(places, [_short(label) for label in groups])
-    axis.legend(frameon=False, fontsize=9, loc="lower right")
-    _finish(axis, title, "tokens")
+    _finish(axis, title, "tokens; the dark part is in the loss")
 
 
 def _most(groups: dict[str, Any], *, rest: bool = True) -> dict[str, Any]:
