@@ -2,154 +2,25 @@
 
 JSON Lines --tokenise--> records (ArrayRecord, cached by content) --packing.plan--> rows
 --mixture--> ``TrainData.batch(step)``. Which records share a row is fixed by the plan, and which
-row comes when by the seed, so the state of the whole pipeline is one integer: the step.
+row comes when by the seed, so the state of the whole pipeline is one integer: the step. Hosts and
+worker processes share out what it gives; none of them changes it.
 """
 
 from __future__ import annotations
 
 import bisect
-import contextlib
-import hashlib
 import itertools
-import json
-import os
-import shutil
-import uuid
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import grain
 import numpy as np
-from array_record.python.array_record_module import ArrayRecordWriter
-from tqdm import tqdm
+from absl import flags
 
 from llmzoo_jax.config import DataConfig, Source
-from llmzoo_jax.conversation import Conversation, in_languages, read_jsonl
-from llmzoo_jax.errors import InputError
 from llmzoo_jax.packing import Batch, PackingError, Plan, empty_rows, fill_rows, plan
-from llmzoo_jax.tokenizer import encode, fingerprint
-
-CACHE_VERSION = 1  # of the layout of a cache folder; raise it with any change of tokenise()
-
-
-class DataError(InputError):
-    """A data file or its share of the mixture is unusable; the message names it."""
-
-
-# --- conversations -> records -------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class Records:
-    """The tokenised conversations of one file, in the order of the file."""
-
-    path: str  # the conversations
-    lengths: np.ndarray  # int32[n], tokens
-    loss_tokens: np.ndarray  # int32[n], tokens that are targets of the loss
-    lang: np.ndarray  # int32[n], index into languages
-    lines: np.ndarray  # int64[n], line in the file, from 1
-    languages: list[str]  # sorted
-    left_out: dict[str, int]  # conversations by language that the language filter left out
-    data: Sequence[bytes]  # the tokens of a record, and its loss mask
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __getitem__(self, record: int) -> tuple[np.ndarray, np.ndarray]:
-        """tokens int32[n] and loss mask bool[n] of a record."""
-        data, n = self.data[record], int(self.lengths[record])
-        return np.frombuffer(data, "<i4", n), np.frombuffer(data, bool, n, offset=4 * n)
-
-    def where(self, record: int) -> str:
-        return f"{self.path}:{self.lines[record]}"
-
-
-def tokenise(
-    path: str, *, tokenizer, chat_format, languages: Sequence[str] = (), cache_dir: str
-) -> Records:
-    """Reads a file of conversations (JSON Lines) and encodes each of them; once.
-
-    The result is kept in ``cache_dir/KEY``, where KEY depends on the bytes of the file, on the
-    tokenizer, the chat format and the languages; later calls only load it. ``languages`` keeps
-    conversations in these (BCP-47; "zh" takes "zh-Hant" too), and the others are counted.
-
-    Raises ConversationError with file and line where a conversation is malformed or there is none,
-    DataError where the file is missing.
-    """
-    if not os.path.isfile(path):
-        raise DataError(f"no data file {path!r}")
-    key = _cache_key(path, fingerprint(tokenizer, chat_format), languages)
-    folder = os.path.join(cache_dir, key)
-    if not os.path.isdir(folder):
-        # Built beside its final place and renamed: a killed run leaves no half of a cache, and of
-        # two processes that do this at once one wins and both results are the same.
-        building = f"{folder}.{uuid.uuid4().hex}"
-        os.makedirs(building)
-        try:
-            _tokenise_into(building, path, tokenizer, chat_format, languages)
-            with contextlib.suppress(OSError):  # the other was first; or _load says what is wrong
-                os.rename(building, folder)
-        finally:
-            shutil.rmtree(building, ignore_errors=True)
-    return _load(path, folder)
-
-
-def _cache_key(path: str, encoding: str, languages: Sequence[str]) -> str:
-    with open(path, "rb") as file:
-        content = hashlib.file_digest(file, "sha256").hexdigest()
-    parts = (str(CACHE_VERSION), content, encoding, *sorted(languages))
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
-
-
-def _tokenise_into(folder: str, path: str, tokenizer, chat_format, languages) -> None:
-    columns: list[tuple[int, int, str, int]] = []  # length, loss tokens, language, line
-    left_out: Counter[str] = Counter()
-    writer = ArrayRecordWriter(os.path.join(folder, "records.array_record"), "group_size:1")
-    try:
-        for line, item in _numbered(path):
-            if languages and not in_languages(item.lang, languages):
-                left_out[item.lang] += 1
-                continue
-            example = encode(
-                item, tokenizer=tokenizer, chat_format=chat_format, where=f"{path}:{line}"
-            )
-            writer.write(example.tokens.astype("<i4").tobytes() + example.loss_mask.tobytes())
-            loss_tokens = int(example.loss_mask[1:].sum())  # the first token is no target
-            columns.append((len(example.tokens), loss_tokens, item.lang, line))
-    finally:
-        writer.close()
-    lengths, loss_tokens, lang, lines = zip(*columns, strict=True) if columns else ((),) * 4
-    names, lang = np.unique(np.array(lang, str), return_inverse=True)
-    np.savez(
-        os.path.join(folder, "index.npz"),
-        lengths=np.array(lengths, np.int32),
-        loss_tokens=np.array(loss_tokens, np.int32),
-        lang=lang.astype(np.int32),
-        lines=np.array(lines, np.int64),
-        names=json.dumps({"languages": names.tolist(), "left_out": left_out}),
-    )
-
-
-def _numbered(path: str) -> Iterator[tuple[int, Conversation]]:
-    """(line, conversation), with a progress bar where it takes long."""
-    title = f"tokenising {os.path.basename(path)}"
-    with open(path, encoding="utf-8-sig", newline="\n") as file:
-        lines = (number for number, line in enumerate(file, 1) if line.strip())
-        for item in tqdm(
-            read_jsonl(path), desc=title, unit=" conversations", delay=2, disable=None
-        ):
-            yield next(lines), item
-
-
-def _load(path: str, folder: str) -> Records:
-    with np.load(os.path.join(folder, "index.npz")) as index:
-        arrays = dict(index)
-    names = json.loads(str(arrays.pop("names")))
-    file = os.path.join(folder, "records.array_record")
-    data = grain.sources.ArrayRecordDataSource(file) if len(arrays["lengths"]) else ()
-    return Records(path=path, data=data, **arrays, **names)
-
+from llmzoo_jax.tokenise import DataError, Records, tokenise_all
 
 # --- records -> rows ----------------------------------------------------------------------------
 
@@ -198,20 +69,15 @@ def _pack(files: Sequence[Records], weight: float, data: DataConfig) -> Part:
     return Part(weight, tuple(files), starts, packed)
 
 
-def _tokenise_all(
-    sources: Sequence[Source], data: DataConfig, tokenizer, chat_format
-) -> list[Records]:
+def _read(sources: Sequence[Source], data: DataConfig, tokenizer, chat_format) -> list[Records]:
     """Raises DataError where there are sources, and no conversation is in ``data.languages``."""
-    files = [
-        tokenise(
-            source.path,
-            tokenizer=tokenizer,
-            chat_format=chat_format,
-            languages=data.languages,
-            cache_dir=data.cache_dir,
-        )
-        for source in sources
-    ]
+    files = tokenise_all(
+        [source.path for source in sources],
+        tokenizer=tokenizer,
+        chat_format=chat_format,
+        languages=data.languages,
+        cache_dir=data.cache_dir,
+    )
     if files and not any(map(len, files)):
         left_out = sum((Counter(file.left_out) for file in files), Counter())
         raise DataError(
@@ -273,16 +139,42 @@ class TrainData:
             raise ValueError(f"step must be 0 or more, not {step}")
         return self._batches(rows)[step]
 
-    def iterate(self, start: int, stop: int, rows: slice = slice(None)) -> Iterator[Batch]:
-        """``batch(start), .., batch(stop - 1)``, made ahead of time in threads."""
+    def iterate(
+        self, start: int, stop: int, rows: slice = slice(None), workers: int = 0
+    ) -> Iterator[Batch]:
+        """``batch(start), .., batch(stop - 1)``, made ahead of time.
+
+        That is done by threads or, where ``workers`` is not 0, by so many processes; the batches
+        are the same. Close an iteration that is left early.
+        """
         if not 0 <= start <= stop:
             raise ValueError(f"need 0 <= start <= stop, not {start} and {stop}")
         options = grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)
-        iterator = iter(self._batches(rows)[start:stop].to_iter_dataset(options))
+        batches = self._batches(rows)[start:stop].to_iter_dataset(options)
+        if workers := min(workers, stop - start):
+            if not flags.FLAGS.is_parsed():  # Grain 0.2.18 reads flags, whoever has parsed them
+                flags.FLAGS.mark_as_parsed()
+            # A process takes every so-manieth batch: they are whole before they are shared out.
+            batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+        iterator = iter(batches)
         try:
             yield from iterator
         finally:
             iterator.close()
+
+    def rows_of(self, host: int, hosts: int) -> slice:
+        """The rows of every global batch that are for ``host`` (from 0) of ``hosts``.
+
+        Raises DataError where hosts cannot have equally many.
+        """
+        if not 0 <= host < hosts:
+            raise ValueError(f"need 0 <= host < hosts, not {host} and {hosts}")
+        if self.batch_size % hosts:
+            raise DataError(
+                f"data.batch_size {self.batch_size} can't be shared equally by {hosts} hosts"
+            )
+        share = self.batch_size // hosts
+        return slice(host * share, (host + 1) * share)
 
     def _batches(self, rows: slice) -> grain.MapDataset:
         return self.picks.batch(self.batch_size).map(lambda picks: self._fill(picks[rows]))
@@ -307,7 +199,11 @@ def train_data(data: DataConfig, *, tokenizer, chat_format, seed: int) -> TrainD
     for source in data.train:
         if not 0 < source.weight < float("inf"):
             raise DataError(f"{source.path}: weight must be more than 0, not {source.weight}")
-    files = _tokenise_all(data.train, data, tokenizer, chat_format)
+    return mix(_read(data.train, data, tokenizer, chat_format), data, seed=seed)
+
+
+def mix(files: Sequence[Records], data: DataConfig, *, seed: int) -> TrainData:
+    """The mixture of tokenised files, one for each of ``data.train``; see ``train_data``."""
     by_weight: dict[float, list[Records]] = {}
     for source, file in zip(data.train, files, strict=True):
         if len(file):
@@ -387,7 +283,7 @@ class HeldoutData:
 
 def heldout_batches(data: DataConfig, *, tokenizer, chat_format) -> HeldoutData:
     """The held-out conversations, whatever their weight. Raises DataError, ConversationError."""
-    files = _tokenise_all(data.heldout, data, tokenizer, chat_format)
+    files = _read(data.heldout, data, tokenizer, chat_format)
     part = _pack([file for file in files if len(file)], 1.0, data) if files else None
     lines = [_describe_file(file, data) for file in files]
     return HeldoutData(

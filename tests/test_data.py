@@ -9,9 +9,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from llmzoo_jax import data as data_module
+from llmzoo_jax import tokenise as tokenise_module
 from llmzoo_jax.config import DataConfig, Source
 from llmzoo_jax.conversation import ConversationError, from_dict
-from llmzoo_jax.data import DataError, heldout_batches, tokenise, train_data
+from llmzoo_jax.data import DataError, heldout_batches, train_data
+from llmzoo_jax.tokenise import encode_batch, tokenise
 from llmzoo_jax.tokenizer import encode, resolve_format
 
 SPECIAL = ("<unk>", "<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>")
@@ -240,14 +242,14 @@ def test_no_heldout_sources_give_no_batches(config):
 
 @pytest.fixture
 def encoded(monkeypatch):
-    """Counts the conversations that are tokenised."""
+    """The conversations that are tokenised."""
     calls = []
 
-    def counting(item, **options):
-        calls.append(item)
-        return encode(item, **options)
+    def counting(items, **options):
+        calls.extend(items)
+        return encode_batch(items, **options)
 
-    monkeypatch.setattr(data_module, "encode", counting)
+    monkeypatch.setattr(tokenise_module, "encode_batch", counting)
     return calls
 
 
@@ -284,11 +286,11 @@ def test_what_decides_the_tokens_decides_the_key(source, tmp_path, encoded, chan
 def test_a_failed_run_leaves_nothing_in_the_cache(source, tmp_path, monkeypatch):
     file = source("a", 7).path
 
-    def fail(item, **options):
+    def fail(items, **options):
         raise ConversationError("no")
 
     with monkeypatch.context() as patch, pytest.raises(ConversationError):
-        patch.setattr(data_module, "encode", fail)
+        patch.setattr(tokenise_module, "encode_batch", fail)
         tokenise(file, **CODEC, cache_dir=str(tmp_path / "cache"))
     assert list((tmp_path / "cache").iterdir()) == []
     assert len(tokenise(file, **CODEC, cache_dir=str(tmp_path / "cache"))) == 7
@@ -298,13 +300,13 @@ def test_two_at_once_give_one_cache(source, tmp_path, monkeypatch):
     """The second tokenises the whole file while the first is at its first conversation."""
     file, cache, second = source("a", 7).path, tmp_path / "cache", []
 
-    def interrupted(item, **options):
-        monkeypatch.setattr(data_module, "encode", encode)
+    def interrupted(items, **options):
+        monkeypatch.setattr(tokenise_module, "encode_batch", encode_batch)
         if not second:
             second.append(tokenise(file, **CODEC, cache_dir=str(cache)))
-        return encode(item, **options)
+        return encode_batch(items, **options)
 
-    monkeypatch.setattr(data_module, "encode", interrupted)
+    monkeypatch.setattr(tokenise_module, "encode_batch", interrupted)
     records = tokenise(file, **CODEC, cache_dir=str(cache))
     assert len(list(cache.iterdir())) == 1
     for record in range(7):
