@@ -1,20 +1,20 @@
-"""Raw files -> conversations: one file a format, each with ``conversations(path, ...)``.
+"""Raw files -> conversations and questions: one file a format, each with ``conversations(path)``.
 
 A format is one function, record -> messages, that raises ``Unusable`` where a record cannot be
-read. Text is passed on as it is; what it is worth is judged later, by ``data_pipelines.build``.
+read; ``records.py`` reads the records, whatever the container. Text is passed on as it is; what
+it is worth is judged later, by ``data_pipelines.build``.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, TextIO
+from typing import Any
 
+from data_pipelines.sources.records import Unusable as Unusable  # re-exported
+from data_pipelines.sources.records import read_records as read_records
 from llmzoo_jax.conversation import Conversation, Message
-from llmzoo_jax.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -26,72 +26,54 @@ class Dropped:
     detail: str = ""
 
 
-class Unusable(InputError):
-    """A record cannot be read: the reason is counted, the detail is for people."""
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """A record of a benchmark: models are judged with it, and must not be trained on it."""
 
-    def __init__(self, reason: str, detail: str = ""):
-        super().__init__(f"{reason}: {detail}")
-        self.reason, self.detail = reason, detail
+    id: str  # file:number
+    question_id: str  # SET:NUMBER, equal for the translations of one question
+    turns: tuple[str, ...]  # what the user says, turn by turn
+    reference: tuple[str, ...] = ()  # the right answers, turn by turn, where the benchmark has them
+    category: str = ""
+    lang: str = "und"  # these as in a Conversation
+    kind: str = "conversation"
+    source: str = ""
+    license: str = ""
+
+
+_TAG = re.compile("[A-Za-z]{2,3}(-[A-Za-z0-9]{1,8})*")
+
+Item = Conversation | Question | Dropped
 
 
 def convert(
-    path: str,
+    records: str | Iterable[tuple[str, Any]],
     to_messages: Callable[[dict[str, Any]], list[Message]],
     *,
     lang: str | Callable[[str], str],
+    own: Callable[[dict[str, Any]], dict[str, str]] = lambda record: {},
     **about: str,
 ) -> Iterator[Conversation | Dropped]:
-    """The conversations of a file; each has the id ``file:number``, with numbers from 1.
+    """The conversations of a file, or of records with their ids.
 
     ``lang`` is BCP-47, or a function of the conversation's text. ``about`` is kind, source and
-    license of every conversation.
+    license of every conversation; what ``own`` finds of these, and of lang, in a record goes
+    before.
     """
-    for where, record in read_records(path):
+    for where, record in read_records(records) if isinstance(records, str) else records:
         if isinstance(record, Unusable):
             yield Dropped(where, record.reason, record.detail)
             continue
         try:
             messages = tuple(to_messages(record))
+            fields = about | own(record)
         except Unusable as error:
             yield Dropped(where, error.reason, error.detail)
             continue
-        text = "\n".join(message.content for message in messages)
-        tag = lang if isinstance(lang, str) else lang(text)
-        yield Conversation(messages=messages, id=where, lang=tag, **about)
-
-
-def read_records(path: str) -> Iterator[tuple[str, dict[str, Any] | Unusable]]:
-    """``file:number`` and the object, of a JSON list or of JSON Lines (whatever the file's name).
-
-    Numbers are those of lines in JSON Lines, of records in a list. Raises InputError where the file
-    is not UTF-8, or a list is broken.
-    """
-    name = os.path.basename(path)
-    with open(path, encoding="utf-8-sig") as file:
-        start = file.read(4096).lstrip()[:1]
-        file.seek(0)
-        if start == "[":
-            items = enumerate(_whole(file), 1)
-        else:
-            items = ((n, _json_or_error(line)) for n, line in enumerate(file, 1) if line.strip())
-        for number, item in items:
-            if not isinstance(item, dict | Unusable):
-                item = Unusable("not an object", f"{item!r:.80}")
-            yield f"{name}:{number}", item
-
-
-def _whole(file: TextIO) -> Any:
-    try:
-        return json.load(file)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{file.name}: not JSON: {error}") from error
-
-
-def _json_or_error(line: str) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        return Unusable("not JSON", str(error))
+        if "lang" not in fields:
+            text = "\n".join(message.content for message in messages)
+            fields["lang"] = lang if isinstance(lang, str) else lang(text)
+        yield Conversation(messages=messages, id=where, **fields)
 
 
 def text_of(record: Any, key: str) -> str:
@@ -108,6 +90,19 @@ def list_of(record: dict[str, Any], key: str) -> list[Any]:
     if not isinstance(record.get(key), list) or not record[key]:
         raise Unusable("no turns", f"{key!r} is {record.get(key)!r:.80}, not a list of turns")
     return record[key]
+
+
+def language_of(record: dict[str, Any], *keys: str) -> dict[str, str]:
+    """``{"lang": ...}`` of the first of ``keys`` that has a value, else ``{}``: for ``own``.
+
+    Raises Unusable where the value is no BCP-47 tag.
+    """
+    tag = next((record[key] for key in keys if record.get(key)), None)
+    if tag is None:
+        return {}
+    if not (isinstance(tag, str) and _TAG.fullmatch(tag)):
+        raise Unusable("unknown language", f"{tag!r:.80} is no BCP-47 tag, as en or zh-Hant")
+    return {"lang": tag}
 
 
 def zh_or_en(text: str) -> str:

@@ -35,10 +35,10 @@ def conversations(
 
 def to_messages(record: dict[str, Any]) -> list[Message]:
     turns = list_of(record, "conversations")
-    if "chosen" in record:
+    if record.get("chosen"):  # a table has a column for it in every row
         turns = [*turns, record["chosen"]]
     messages = [to_message(turn) for turn in turns]
-    if record.get("tools", "[]").strip() not in ("", "[]"):
+    if record.get("tools") and text_of(record, "tools").strip() not in ("", "[]"):
         messages.insert(0, Message("system", f"You can call these tools: {record['tools']}"))
     return messages
 
