@@ -83,7 +83,7 @@ class Grouping:
 
 
 def balance(
-    amounts: np.ndarray, groupings: Sequence[Grouping], *, total: float, rounds: int = 1000
+    amounts: np.ndarray, groupings: Sequence[Grouping], *, total: float, rounds: int = 20_000
 ) -> tuple[np.ndarray, bool]:
     """Amounts float64[cells] that add up to ``total`` and keep the bounds of every grouping; and
     whether they do keep all of them. The last grouping's are kept in any case.
@@ -95,7 +95,6 @@ def balance(
     base = np.log(amounts)
     scales = [np.zeros(len(amounts)) for _ in groupings]  # logarithms
     result = before = np.zeros(len(amounts))
-    still = 0  # rounds without a change; one alone may be a pause
     for _ in range(rounds):
         for number, grouping in enumerate(groupings):
             others = base + sum(s for i, s in enumerate(scales) if i != number)
@@ -106,9 +105,10 @@ def balance(
             factor = np.maximum(filled, 1e-200) / sums
             scales[number] = np.log(factor)[grouping.group] - largest
             result = others * factor[grouping.group]
-        still = still + 1 if np.abs(result - before).max() <= TOLERANCE * total else 0
-        if still == 10:
-            break
+        # Without a change and out of bounds it only pauses: the scalings still grow.
+        still = np.abs(result - before).max() <= TOLERANCE * total
+        if still and all(_within(result, grouping, total) for grouping in groupings):
+            return result, True
         before = result
     return result, all(_within(result, grouping, total) for grouping in groupings)
 

@@ -110,9 +110,9 @@ class Model:
     ) -> Result:
         """The answer to ``messages`` ({"role", "content"}, the last one the user's).
 
-        ``on_text`` is called with pieces of the text as they come, whole characters that no stop
-        string can take back; joined, they are the text of the result. Raises ConversationError for
-        messages that the model's chat format can't write.
+        ``on_text`` is called every few tokens with the next piece of the text, which may be empty:
+        whole characters that no stop string can take back; joined, they are the text of the result.
+        Raises ConversationError for messages that the model's chat format can't write.
         """
         sampling = Sampling(
             max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
@@ -170,7 +170,7 @@ class Model:
                 )
 
         def show(text: str) -> None:
-            if on_text is not None and text:
+            if on_text is not None:
                 on_text(text)
 
         def on_tokens(row: int, tokens: list[int]) -> None:

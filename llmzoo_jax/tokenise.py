@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from llmzoo_jax.conversation import ChatFormat, Conversation, from_dict, in_languages, read_jsonl
 from llmzoo_jax.errors import InputError
-from llmzoo_jax.tokenizer import Example, _has_tokens, _render, encode, fingerprint
+from llmzoo_jax.tokenizer import Example, checked_segments, encode, fingerprint, has_tokens
 
 CACHE_VERSION = 2  # of the content of a cache folder; raise it with any change of it
 SHARD_BYTES = 8 << 20  # of JSON Lines; more where a file would give over MAX_SHARDS
@@ -255,7 +255,7 @@ def encode_batch(
     again.
     """
     rendered = [
-        _render(item.messages, tokenizer, chat_format, at, False)
+        checked_segments(item.messages, tokenizer, chat_format, at, False)
         for item, at in zip(items, where, strict=True)
     ]
     texts = ["".join(segment.text for segment in segments) for segments in rendered]
@@ -269,7 +269,7 @@ def encode_batch(
     )
     characters = set().union(*(message.content for item in items for message in item.messages))
     size = len(tokenizer)
-    representable = all(_has_tokens(tokenizer, size, character) for character in characters)
+    representable = all(has_tokens(tokenizer, size, character) for character in characters)
     unk_id, unk = tokenizer.unk_token_id, tokenizer.unk_token
     examples = []
     for item, at, segments, text, ids, offsets in zip(

@@ -248,7 +248,7 @@ def encode(
     """
     where = where or conversation.id
     check_messages(conversation.messages, where=where)
-    segments = _render(conversation.messages, tokenizer, chat_format, where, False)
+    segments = checked_segments(conversation.messages, tokenizer, chat_format, where, False)
     tokens, spans = _tokenize(segments, conversation.messages, tokenizer, where)
     lengths = [len(segment.text) for segment in segments]
     trained = np.repeat([segment.train for segment in segments], lengths)
@@ -261,11 +261,12 @@ def encode_prompt(
 ) -> list[int]:
     """The tokens of a history, up to where the model begins to speak; raises as ``encode``."""
     check_messages(messages, generation_prompt=True)
-    segments = _render(messages, tokenizer, chat_format, "", True)
+    segments = checked_segments(messages, tokenizer, chat_format, "", True)
     return _tokenize(segments, messages, tokenizer, "")[0].tolist()
 
 
-def _render(messages, tokenizer, chat_format, where, generation_prompt) -> list[Segment]:
+def checked_segments(messages, tokenizer, chat_format, where, generation_prompt) -> list[Segment]:
+    """``render``, where no text forges a special token; raises as ``encode``."""
     at = f"{where}: " if where else ""
     specials = _specials(tokenizer, len(tokenizer), chat_format.special_tokens)
     for number, message in enumerate(messages, 1):
@@ -299,7 +300,7 @@ def _tokenize(segments, messages, tokenizer, where) -> tuple[np.ndarray, np.ndar
     lost = [text[a:b] for a, b in spans[tokens == tokenizer.unk_token_id]]
     lost = [unknown for unknown in lost if unknown != tokenizer.unk_token]
     characters = sorted(set().union(*(message.content for message in messages)))
-    lost += [c for c in characters if not _has_tokens(tokenizer, len(tokenizer), c)]
+    lost += [c for c in characters if not has_tokens(tokenizer, len(tokenizer), c)]
     if lost:
         turns = [n for n, message in enumerate(messages, 1) if lost[0] in message.content]
         at = (f"{where}: " if where else "") + (f"turn {turns[0]}: " if turns else "")
@@ -313,7 +314,7 @@ def _tokenize(segments, messages, tokenizer, where) -> tuple[np.ndarray, np.ndar
 
 
 @functools.lru_cache(maxsize=1 << 16)
-def _has_tokens(tokenizer: Any, size: int, character: str) -> bool:
+def has_tokens(tokenizer: Any, size: int, character: str) -> bool:
     """Whether a character that is no white space has tokens, all of its bytes included."""
     if character.isspace() or character == "\ufffd":
         return True

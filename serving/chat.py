@@ -11,8 +11,9 @@ Lines from a pipe are messages, too:
 from __future__ import annotations
 
 import contextlib
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
@@ -81,13 +82,16 @@ def answer(
     What was said until then stays in the history, a question without any answer does not."""
     pieces: list[str] = []
 
-    def show(text: str) -> None:
-        pieces.append(text)
-        print(text, end="", flush=True)
-
     print("model: ", end="", flush=True)
     try:
-        result = model.chat(history, max_new_tokens=max_new_tokens, on_text=show, **sampling)
+        with remembered_ctrl_c() as check:
+
+            def show(text: str) -> None:
+                pieces.append(text)
+                print(text, end="", flush=True)
+                check()
+
+            result = model.chat(history, max_new_tokens=max_new_tokens, on_text=show, **sampling)
         end = f" (cut at {max_new_tokens} tokens)" if result.finish_reason == "length" else ""
     except KeyboardInterrupt:
         end = " (stopped)"
@@ -95,6 +99,28 @@ def answer(
     print(end or ("" if text.strip() else "(no answer)"))
     history = [*history, Message("assistant", text)] if text.strip() else history[:-1]
     return history, end == " (stopped)"
+
+
+@contextlib.contextmanager
+def remembered_ctrl_c() -> Iterator[Callable[[], None]]:
+    """Gives a function that raises KeyboardInterrupt if Ctrl-C was pressed in the block. Raised
+    anywhere, it could end up in a callback of a library, which makes an error of its own of it."""
+    pressed = False
+
+    def remember(number, frame):
+        nonlocal pressed
+        pressed = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # the second one acts at once
+
+    def check() -> None:
+        if pressed:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, remember)
+    try:
+        yield check
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def fit(model: Model, history: Sequence[Message], room: int) -> list[Message]:
