@@ -37,6 +37,8 @@ FREE_KEYS = (
     "mesh.",
     "hardware.",
     "compute.remat",
+    "compute.loss_chunk",
+    "optim.accumulation",
     "data.cache_dir",
     "data.heldout",
 )

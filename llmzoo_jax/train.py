@@ -103,14 +103,14 @@ def train(config: Config) -> None:
             say(f"{config.run_dir}: all {total} steps are done")
             return
         size = models.num_params(state.params)
-        say(f"{size:,} parameters on {mesh.size} device(s), steps {start + 1} to {total}")
+        say(f"{size:,} parameters, {sharding.describe(mesh)}, steps {start + 1} to {total}")
         step_fn = steps.jit_train_step(
             tx, config.compute, config.optim.accumulation, sharding.tree_shardings(state, mesh)
         )
         eval_fn = steps.jit_eval_step(config.compute, state.step.sharding)
         put = functools.partial(distributed.put, sharding=batch_sharding, shape=(B, T))
         log = metrics.MetricsLog(config.run_dir, start_step=start)
-        stop, agree = StopSignal(), distributed.Agreement(mesh)
+        stop, agree = StopSignal(), distributed.agreement(mesh)
         since = time.monotonic()
         step_fn = step_fn.lower(state, put(data.batch(start, rows))).compile()
         say(f"compiled in {time.monotonic() - since:.1f} s")
@@ -123,9 +123,10 @@ def train(config: Config) -> None:
             disable=None if metrics.writes() else True,
         )
         for step, batch in enumerate(bar, start + 1):
+            agreed = agree(stop.asked)
             state, step_metrics = step_fn(state, put(batch))
             pending.append(step_metrics)
-            asked = agree(stop.asked)
+            asked = int(agreed)
             last = step == total or asked > 0
             due_eval = step == total or (config.eval_every and step % config.eval_every == 0)
             due_save = last or step % config.save_every == 0
