@@ -22,6 +22,8 @@ from llmzoo_jax.config import DataConfig, Source
 from llmzoo_jax.packing import Batch, PackingError, Plan, empty_rows, fill_rows, plan
 from llmzoo_jax.tokenise import DataError, Records, tokenise_all
 
+Rows = slice | np.ndarray  # rows of a global batch
+
 # --- records -> rows ----------------------------------------------------------------------------
 
 
@@ -133,14 +135,14 @@ class TrainData:
     parts: list[Part]
     picks: grain.MapDataset  # int64[2]: part, row of its plan
 
-    def batch(self, step: int, rows: slice = slice(None)) -> Batch:
+    def batch(self, step: int, rows: Rows = slice(None)) -> Batch:
         """The global batch of ``step`` (from 0), [B, T], or those ``rows`` of it."""
         if step < 0:
             raise ValueError(f"step must be 0 or more, not {step}")
         return self._batches(rows)[step]
 
     def iterate(
-        self, start: int, stop: int, rows: slice = slice(None), workers: int = 0
+        self, start: int, stop: int, rows: Rows = slice(None), workers: int = 0
     ) -> Iterator[Batch]:
         """``batch(start), .., batch(stop - 1)``, made ahead of time.
 
@@ -176,7 +178,7 @@ class TrainData:
         share = self.batch_size // hosts
         return slice(host * share, (host + 1) * share)
 
-    def _batches(self, rows: slice) -> grain.MapDataset:
+    def _batches(self, rows: Rows) -> grain.MapDataset:
         return self.picks.batch(self.batch_size).map(lambda picks: self._fill(picks[rows]))
 
     def _fill(self, picks: np.ndarray) -> Batch:

@@ -37,6 +37,7 @@ MAY_IMPORT = {
     "llmzoo_jax.tokenise": {*TEXT, *CORE, "llmzoo_jax.shards"},
     "llmzoo_jax.data": {*TEXT, *CORE, "llmzoo_jax.packing", "llmzoo_jax.tokenise"},
     "llmzoo_jax.sharding": CORE,
+    "llmzoo_jax.distributed": CORE,
     "llmzoo_jax.optim": {*CORE, "llmzoo_jax.sharding"},
     "llmzoo_jax.models": MODELS,
     "llmzoo_jax.models.packed_attention": BELOW_MODELS,
