@@ -162,7 +162,8 @@ class Config:
     log_every: int = 10  # steps
     eval_every: int = 0  # steps; 0: once, at the end
     save_every: int = 500  # steps; the last step is always saved
-    keep_checkpoints: int = 3
+    keep_checkpoints: int = 3  # the newest ...
+    keep_best: int = 0  # ... and so many of the lowest held-out loss; then each evaluation is saved
 
 
 # --- reading ------------------------------------------------------------------------------------

@@ -54,6 +54,7 @@ def train(config: Config) -> None:
     B, T = config.data.batch_size, config.data.sequence_length
     batch_sharding = sharding.batch_sharding(mesh, (B, T))
     check_accumulation(config, mesh)
+    check_retention(config)
     checkpoint.claim(config, model_config)
     report_config(config, model_config)
 
@@ -70,7 +71,9 @@ def train(config: Config) -> None:
     schedule = optim.schedule(config.optim, total)
     with (
         jax.set_mesh(mesh),
-        checkpoint.open_manager(config.run_dir, keep=config.keep_checkpoints) as manager,
+        checkpoint.open_manager(
+            config.run_dir, keep=config.keep_checkpoints, keep_best=config.keep_best
+        ) as manager,
     ):
         state = start_state(config, model_config, tx, mesh, manager)
         start = int(state.step)
@@ -100,7 +103,7 @@ def train(config: Config) -> None:
             counts["slots"] += B * T
             last = step == total or bool(stop.asked)
             due_eval = step == total or (config.eval_every and step % config.eval_every == 0)
-            due_save = last or step % config.save_every == 0
+            due_save = last or step % config.save_every == 0 or (due_eval and config.keep_best)
             if last or due_eval or due_save or step % config.log_every == 0:
                 jax.block_until_ready(step_metrics)
                 record = summarise(pending, counts, time.monotonic() - since, step)
@@ -111,12 +114,12 @@ def train(config: Config) -> None:
                 )
                 if bar.disable:
                     say(f"step {step}/{total}  " + describe(record))
-                pending, counts = [], Counter()
+                pending, counts, heldout_loss = [], Counter(), None
                 if due_eval:
-                    evaluate(eval_fn, state.params, heldout, put, log, step)
+                    heldout_loss = evaluate(eval_fn, state.params, heldout, put, log, step)
                     metrics.plot(config.run_dir, title=Path(config.run_dir).name)
                 if due_save:
-                    checkpoint.save(manager, state)
+                    checkpoint.save(manager, state, heldout_loss=heldout_loss)
                 since = time.monotonic()
             if last:
                 break
@@ -175,6 +178,13 @@ def check_accumulation(config: Config, mesh) -> None:
         )
 
 
+def check_retention(config: Config) -> None:
+    if config.keep_checkpoints < 1:
+        raise ConfigError(f"keep_checkpoints must be 1 or more, not {config.keep_checkpoints}")
+    if config.keep_best and not config.data.heldout:
+        raise ConfigError("keep_best chooses by the held-out loss; set data.heldout")
+
+
 def report_config(config: Config, model: ModelConfig) -> None:
     say(f"run {config.run_dir}: {model}")
     defaults = Config(run_dir="", tokenizer="", data=configs.DataConfig(train=()))
@@ -187,7 +197,7 @@ def start_state(config: Config, model_config: ModelConfig, tx, mesh, manager) ->
     """The newest checkpoint, else the weights of ``init_from``, else random ones: in this order."""
     if manager.latest_step() is not None:
         abstract = jax.eval_shape(lambda: steps.start_state(models.abstract(model_config), tx))
-        say(f"resuming {config.run_dir} at step {manager.latest_step()}")
+        say(f"resuming {config.run_dir}")
         return checkpoint.restore(manager, abstract, mesh)
     if not config.init_from:
         return steps.init_state(model_config, tx, mesh, config.seed)
@@ -256,8 +266,9 @@ def describe(record: dict) -> str:
     )
 
 
-def evaluate(eval_fn, params, heldout, put, log: metrics.MetricsLog, step: int) -> None:
-    """Held-out loss, whole and by language, over every held-out pair once."""
+def evaluate(eval_fn, params, heldout, put, log: metrics.MetricsLog, step: int) -> float | None:
+    """Held-out loss, whole and by language, over every held-out pair once; the whole is returned,
+    None where there is no held-out data."""
     sums: Counter[str] = Counter()
     tokens: Counter[str] = Counter()
     for batch, language in heldout.batches():
@@ -267,7 +278,7 @@ def evaluate(eval_fn, params, heldout, put, log: metrics.MetricsLog, step: int) 
             sums[name] += loss
             tokens[name] += count
     if not tokens:
-        return
+        return None
     whole = sums.total() / tokens.total()
     by_language = {name: sums[name] / tokens[name] for name in tokens}
     log.write(step, heldout_loss=whole, heldout_by_language=by_language)
@@ -276,6 +287,7 @@ def evaluate(eval_fn, params, heldout, put, log: metrics.MetricsLog, step: int) 
         f"step {step}  held-out loss {whole:.4f}  highest: "
         + ", ".join(f"{name} {loss:.3f}" for name, loss in worst)
     )
+    return whole
 
 
 if __name__ == "__main__":
