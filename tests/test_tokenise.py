@@ -6,9 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmzoo_jax import shards
 from llmzoo_jax import tokenise as tokenise_module
 from llmzoo_jax.conversation import ConversationError, from_dict
-from llmzoo_jax.tokenise import encode_batch, tokenise, tokenise_all
+from llmzoo_jax.shards import encode_batch
+from llmzoo_jax.tokenise import tokenise, tokenise_all
 from llmzoo_jax.tokenizer import encode, resolve_format
 from tests.test_data import CODEC, assert_equal, conversation, write
 from tests.test_tokenizer import words_tokenizer
@@ -19,7 +21,7 @@ from tests.tiny_tokenizers import conversation as chat
 @pytest.fixture
 def small_shards(monkeypatch):
     monkeypatch.setattr(tokenise_module, "SHARD_BYTES", 1000)
-    monkeypatch.setattr(tokenise_module, "BATCH", 3)
+    monkeypatch.setattr(shards, "BATCH", 3)
 
 
 def conversations(path, n, lang="en"):
@@ -39,7 +41,7 @@ def test_any_number_of_processes_gives_the_same_bytes_and_none_imports_jax(
     monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")  # they write what they import to stderr
     tokenise_all(paths, **CODEC, cache_dir=str(tmp_path / "2"), workers=2)
     imported = {line.rpartition("|")[2].strip() for line in capfd.readouterr().err.splitlines()}
-    assert "llmzoo_jax.tokenise" in imported and not imported & {"jax", "jaxlib", "grain"}
+    assert "llmzoo_jax.shards" in imported and not imported & {"jax", "jaxlib", "grain"}
     assert tree(tmp_path / "1") == tree(tmp_path / "2")
     assert len(tree(tmp_path / "1")) > 10 and [len(file) for file in single] == [30, 20]
     for path, file in zip(paths, single, strict=True):
@@ -64,7 +66,7 @@ def test_a_build_that_was_stopped_goes_on_with_the_shards_that_are_not_finished(
         return encode_batch(items, **options)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(tokenise_module, "encode_batch", counting)
+        patch.setattr(shards, "encode_batch", counting)
         tokenise(path, **CODEC, cache_dir=str(cache), workers=1)
     kept = {path: content for path, content in tree(cache).items() if path.suffix == ".npz"}
     assert kept and not [path for path in tree(cache) if path.suffix == ".tmp"]
@@ -74,7 +76,7 @@ def test_a_build_that_was_stopped_goes_on_with_the_shards_that_are_not_finished(
         return encode_batch(items, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(tokenise_module, "encode_batch", rest)
+        patch.setattr(shards, "encode_batch", rest)
         again = tokenise(path, **CODEC, cache_dir=str(cache), workers=1)
     assert len(encoded) < 22 + 40 - len(kept)  # a shard has several conversations
     assert tree(cache) == tree(tmp_path / "whole")
