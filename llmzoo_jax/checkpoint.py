@@ -45,6 +45,7 @@ FREE_KEYS = (
     "keep_checkpoints",
     "keep_best",
     "mesh.",
+    "optim.max_skipped",
     "compute.remat",
     "data.cache_dir",
     "data.heldout",

@@ -133,6 +133,11 @@ class OptimConfig:
     weight_decay: float = 0.0  # of matrices; norms and biases never decay
     clip_norm: float = 1.0  # 0 = no clipping
     accumulation: int = 1  # the batch is computed in this many parts
+    # A step is skipped where its loss or gradient is not finite, or its gradient norm is over
+    # spike_factor x the median of the last spike_window norms. It stays out of the schedule.
+    spike_factor: float = 0.0  # 0: no step is a spike
+    spike_window: int = 128
+    max_skipped: int = 10  # in a row; one more stops the run
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -106,11 +106,13 @@ def train(config: Config) -> None:
             due_save = last or step % config.save_every == 0 or (due_eval and config.keep_best)
             if last or due_eval or due_save or step % config.log_every == 0:
                 jax.block_until_ready(step_metrics)
-                record = summarise(pending, counts, time.monotonic() - since, step)
-                record["learning_rate"] = float(schedule(step - 1))
+                record = summarise(pending, counts, time.monotonic() - since)
+                record["learning_rate"] = float(schedule(step - 1 - record["skipped"]))
                 log.write(step, **record)
+                check_skipped(pending, step, config.optim)
                 bar.set_postfix(
-                    loss=f"{record['loss']:.3f}", tok_s=f"{record['tokens_per_s']:,.0f}"
+                    loss=f"{record.get('loss', math.nan):.3f}",
+                    tok_s=f"{record['tokens_per_s']:,.0f}",
                 )
                 if bar.disable:
                     say(f"step {step}/{total}  " + describe(record))
@@ -235,34 +237,50 @@ class StopSignal:
 # --- in the loop --------------------------------------------------------------------------------
 
 
-def summarise(pending: list[steps.Metrics], counts: Counter, seconds: float, step: int) -> dict:
-    """The metrics of the steps since the last line, means weighted by loss tokens."""
-    check_finite(pending, step)
-    loss, loss_tokens, grad_norm = np.array(jax.device_get(pending), np.float64).T
-    return {
-        "loss": float((loss * loss_tokens).sum() / max(loss_tokens.sum(), 1)),
-        "grad_norm": float(grad_norm[-1]),
+def summarise(pending: list[steps.Metrics], counts: Counter, seconds: float) -> dict:
+    """The metrics of the steps since the last line, means weighted by loss tokens. Skipped steps
+    are counted and left out; where none is left, there is no loss and no norm."""
+    pending = jax.device_get(pending)
+    taken = [one for one in pending if not one.skipped_in_a_row]
+    record = {
         "tokens_per_s": counts["tokens"] / seconds,
-        "loss_tokens_per_s": float(loss_tokens[-len(pending) :].sum()) / seconds,
+        "loss_tokens_per_s": float(sum(one.loss_tokens for one in taken)) / seconds,
         "packing": counts["tokens"] / max(counts["slots"], 1),
+        "skipped": int(pending[-1].skipped),
     }
+    if not taken:
+        return record
+    loss, loss_tokens, grad_norm, *_ = np.array(taken, np.float64).T
+    mean = float((loss * loss_tokens).sum() / max(loss_tokens.sum(), 1))
+    return {"loss": mean, "grad_norm": float(grad_norm[-1]), **record}
 
 
-def check_finite(pending: list[steps.Metrics], step: int) -> None:
-    for i, one in enumerate(jax.device_get(pending)):
-        if not np.isfinite(one.loss) or not np.isfinite(one.grad_norm):
-            bad = step - len(pending) + 1 + i
+def check_skipped(pending: list[steps.Metrics], last: int, config: configs.OptimConfig) -> None:
+    """Says which of the steps up to ``last`` were skipped. Raises TrainingError where there were
+    more in a row than may be."""
+    for step, one in enumerate(jax.device_get(pending), last - len(pending) + 1):
+        if not one.skipped_in_a_row:
+            continue
+        finite = np.isfinite(one.loss) and np.isfinite(one.grad_norm)
+        why = f"over {config.spike_factor} x the median" if finite else "not finite"
+        what = f"loss {one.loss:.4g}, gradient norm {one.grad_norm:.4g}: {why}"
+        if one.skipped_in_a_row > config.max_skipped:
+            first = step - int(one.skipped_in_a_row) + 1
             raise TrainingError(
-                f"step {bad}: loss {one.loss}, gradient norm {one.grad_norm}: not finite. No later "
-                "state was saved; lower optim.learning_rate or set optim.clip_norm, and run again"
+                f"steps {first} to {step} were skipped, more in a row than optim.max_skipped "
+                f"({config.max_skipped}); step {step}: {what}. The weights are still those of step "
+                f"{first - 1}. Lower optim.learning_rate or set optim.clip_norm in a new run "
+                "folder, or raise optim.max_skipped and run again"
             )
+        say(f"step {step} was skipped: {what}")
 
 
 def describe(record: dict) -> str:
     return (
-        f"loss {record['loss']:.4f}  grad norm {record['grad_norm']:.2f}  "
-        f"lr {record['learning_rate']:.2e}  {record['tokens_per_s']:,.0f} tok/s  "
-        f"packing {record['packing']:.1%}"
+        f"loss {record.get('loss', math.nan):.4f}  grad norm "
+        f"{record.get('grad_norm', math.nan):.2f}  lr {record['learning_rate']:.2e}  "
+        f"{record['tokens_per_s']:,.0f} tok/s  packing {record['packing']:.1%}"
+        + (f"  skipped {record['skipped']}" if record["skipped"] else "")
     )
 
 
