@@ -48,6 +48,7 @@ FREE_KEYS = (
     "optim.max_skipped",
     "compute.remat",
     "data.cache_dir",
+    "data.worker",
     "data.heldout",
 )
 

@@ -115,6 +115,8 @@ class DataConfig:
     batch_size: int = 256  # B, rows of the global batch
     overlong: Literal["split", "truncate", "error"] = "split"  # conversations longer than a row
     cache_dir: str = "cache"  # tokenised records, keyed by content
+    workers: int = 0  # processes that make batches; 0: threads do
+    worker_restarts: int = 3  # after so many deaths of workers, threads go on
 
 
 @dataclass(frozen=True, kw_only=True)

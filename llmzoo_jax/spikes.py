@@ -31,8 +31,8 @@ def skip_spikes(
     """``tx``, but a skipped step leaves its state and the parameters as they are, bit for bit.
 
     A step is skipped where its loss (``value`` of ``update``, if it is given) or its gradient norm
-    is not finite, or the norm is over ``spike_factor`` times the median of the last ``spike_window`` steps that
-    were taken; so none is a spike before there were as many.
+    is not finite, or the norm is over ``spike_factor`` times the median of the last
+    ``spike_window`` steps that were taken; so none is a spike before there were as many.
     """
     tx = optax.with_extra_args_support(tx)
 

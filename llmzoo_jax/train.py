@@ -54,7 +54,7 @@ def train(config: Config) -> None:
     B, T = config.data.batch_size, config.data.sequence_length
     batch_sharding = sharding.batch_sharding(mesh, (B, T))
     check_accumulation(config, mesh)
-    check_retention(config)
+    check_counts(config)
     checkpoint.claim(config, model_config)
     report_config(config, model_config)
 
@@ -93,9 +93,14 @@ def train(config: Config) -> None:
         step_fn = step_fn.lower(state, put(data.batch(start))).compile()
         say(f"compiled in {time.monotonic() - since:.1f} s")
         pending, counts, since = [], Counter(), time.monotonic()
-        bar = tqdm(
-            data.iterate(start, total), initial=start, total=total, unit="step", disable=None
+        batches = data.iterate(
+            start,
+            total,
+            workers=config.data.workers,
+            restarts=config.data.worker_restarts,
+            report=say,
         )
+        bar = tqdm(batches, initial=start, total=total, unit="step", disable=None)
         for step, batch in enumerate(bar, start + 1):
             state, step_metrics = step_fn(state, put(batch))
             pending.append(step_metrics)
@@ -126,6 +131,7 @@ def train(config: Config) -> None:
             if last:
                 break
         bar.close()
+        batches.close()
         checkpoint.wait(manager)
         log.close()
         metrics.plot(config.run_dir, title=Path(config.run_dir).name)
@@ -180,9 +186,17 @@ def check_accumulation(config: Config, mesh) -> None:
         )
 
 
-def check_retention(config: Config) -> None:
-    if config.keep_checkpoints < 1:
-        raise ConfigError(f"keep_checkpoints must be 1 or more, not {config.keep_checkpoints}")
+def check_counts(config: Config) -> None:
+    for key, value, least in (
+        ("keep_checkpoints", config.keep_checkpoints, 1),
+        ("keep_best", config.keep_best, 0),
+        ("data.workers", config.data.workers, 0),
+        ("data.worker_restarts", config.data.worker_restarts, 0),
+        ("optim.spike_window", config.optim.spike_window, 1),
+        ("optim.max_skipped", config.optim.max_skipped, 0),
+    ):
+        if value < least:
+            raise ConfigError(f"{key} must be {least} or more, not {value}")
     if config.keep_best and not config.data.heldout:
         raise ConfigError("keep_best chooses by the held-out loss; set data.heldout")
 
