@@ -30,6 +30,8 @@ class Metrics(NamedTuple):
     loss_tokens: jax.Array
     tokens: jax.Array  # those of conversations, the rest of the batch is padding
     grad_norm: jax.Array  # before clipping
+    skipped: jax.Array  # steps so far (spikes.py)
+    skipped_in_a_row: jax.Array  # the last ones; 0 where this one was taken
 
 
 def init_state(config: ModelConfig, tx: optax.GradientTransformation, mesh: Mesh, seed: int):
@@ -153,13 +155,15 @@ def train_step(
     accumulation: int,
 ) -> tuple[TrainState, Metrics]:
     loss, count, grads = loss_and_grads(state.params, batch, compute, accumulation)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params, value=loss)
     params = optax.apply_updates(state.params, updates)
     metrics = Metrics(
         loss=loss,
         loss_tokens=count.astype(jnp.float32),
         tokens=(batch.segment_ids > 0).sum().astype(jnp.float32),
         grad_norm=optax.global_norm(grads),
+        skipped=opt_state.skipped.astype(jnp.float32),
+        skipped_in_a_row=opt_state.in_a_row.astype(jnp.float32),
     )
     return TrainState(state.step + 1, params, opt_state), metrics
 
