@@ -54,6 +54,7 @@ def train(config: Config) -> None:
     B, T = config.data.batch_size, config.data.sequence_length
     batch_sharding = sharding.batch_sharding(mesh, (B, T))
     check_accumulation(config, mesh)
+    compute = steps.resolve(config.compute, mesh)
     checkpoint.claim(config, model_config)
     report_config(config, model_config)
 
@@ -80,9 +81,9 @@ def train(config: Config) -> None:
         size = models.num_params(state.params)
         say(f"{size:,} parameters on {mesh.size} device(s), steps {start + 1} to {total}")
         step_fn = steps.jit_train_step(
-            tx, config.compute, config.optim.accumulation, sharding.tree_shardings(state, mesh)
+            tx, compute, config.optim.accumulation, sharding.tree_shardings(state, mesh)
         )
-        eval_fn = steps.jit_eval_step(config.compute)
+        eval_fn = steps.jit_eval_step(compute)
         put = functools.partial(jax.device_put, device=batch_sharding)
         log = metrics.MetricsLog(config.run_dir, start_step=start)
         stop = StopSignal()
