@@ -95,6 +95,9 @@ class ComputeConfig:
 
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters stay float32
     remat: Literal["none", "dots", "full"] = "dots"  # what the backward pass computes again
+    # How packed rows attend: "blocks" anywhere, "splash" on TPUs, "triton" on GPUs, all in memory
+    # that grows with T; "scores" holds T x T (the reference); "auto" = the fastest.
+    attention: Literal["auto", "blocks", "splash", "triton", "scores"] = "auto"
     loss_chunk: int = 0  # tokens of which logits are held at once; 0 = all of them
 
 

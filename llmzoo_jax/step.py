@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from jax.sharding import Mesh
 
 from llmzoo_jax import models
 from llmzoo_jax.config import ComputeConfig, ModelConfig
+from llmzoo_jax.models import attention
 from llmzoo_jax.packing import Batch
 from llmzoo_jax.sharding import tree_shardings
 
@@ -48,6 +50,13 @@ def start_state(params: nnx.Module, tx: optax.GradientTransformation) -> TrainSt
     return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
 
 
+def resolve(compute: ComputeConfig, mesh: Mesh) -> ComputeConfig:
+    """``compute`` for the devices of the mesh: what "auto" stands for there. Raises where they
+    can't do what it asks for."""
+    platform = mesh.devices.flat[0].platform
+    return dataclasses.replace(compute, attention=attention.choose(compute.attention, platform))
+
+
 def token_losses(
     model: nnx.Module, batch: Batch, compute: ComputeConfig
 ) -> tuple[jax.Array, jax.Array]:
@@ -59,6 +68,7 @@ def token_losses(
         batch.positions,
         dtype=jnp.dtype(compute.dtype),
         remat=compute.remat,
+        attention=compute.attention,
     )
 
     def cross_entropy(x, targets, mask):  # [...,D], [...], [...] -> float32 [...]

@@ -74,6 +74,7 @@ def train(config: Config) -> None:
     batch_sharding = sharding.batch_sharding(mesh, (B, T))
     check_accumulation(config, mesh)
     check_counts(config)
+    compute = steps.resolve(config.compute, mesh)
     distributed.in_turn(lambda: checkpoint.claim(config, model_config))
     report_config(config, model_config)
 
@@ -108,9 +109,9 @@ def train(config: Config) -> None:
         size = models.num_params(state.params)
         say(f"{size:,} parameters, {sharding.describe(mesh)}, steps {start + 1} to {total}")
         step_fn = steps.jit_train_step(
-            tx, config.compute, config.optim.accumulation, sharding.tree_shardings(state, mesh)
+            tx, compute, config.optim.accumulation, sharding.tree_shardings(state, mesh)
         )
-        eval_fn = steps.jit_eval_step(config.compute, state.step.sharding)
+        eval_fn = steps.jit_eval_step(compute, state.step.sharding)
         put = functools.partial(distributed.put, sharding=batch_sharding, shape=(B, T))
         log = metrics.MetricsLog(config.run_dir, start_step=start)
         stop, agree = StopSignal(), distributed.agreement(mesh)

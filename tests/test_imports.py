@@ -19,7 +19,12 @@ CORE = {"llmzoo_jax.config", "llmzoo_jax.errors", "llmzoo_jax.cli"}
 TEXT = {"llmzoo_jax.conversation", "llmzoo_jax.chat_formats", "llmzoo_jax.tokenizer"}
 TOKENS = {"llmzoo_jax.packing", "llmzoo_jax.shards", "llmzoo_jax.tokenise"}
 BELOW_MODELS = {"llmzoo_jax.sharding", "llmzoo_jax.config", "llmzoo_jax.errors"}
-ATTENTION = {"llmzoo_jax.models.attention", "llmzoo_jax.models.packed_attention"}
+KERNELS = {
+    "llmzoo_jax.models.packed_attention",
+    "llmzoo_jax.models.splash",
+    "llmzoo_jax.models.triton_attention",
+}
+ATTENTION = {*KERNELS, "llmzoo_jax.models.attention"}
 FAMILY = {*BELOW_MODELS, *ATTENTION, "llmzoo_jax.models.layers"}
 MODELS = {*BELOW_MODELS, "llmzoo_jax.models"}
 MAY_IMPORT = {
@@ -49,7 +54,9 @@ MAY_IMPORT = {
     "llmzoo_jax.optim": {*CORE, "llmzoo_jax.sharding", "llmzoo_jax.spikes"},
     "llmzoo_jax.models": MODELS,
     "llmzoo_jax.models.packed_attention": BELOW_MODELS,
-    "llmzoo_jax.models.attention": {*BELOW_MODELS, "llmzoo_jax.models.packed_attention"},
+    "llmzoo_jax.models.splash": {*BELOW_MODELS, "llmzoo_jax.models.packed_attention"},
+    "llmzoo_jax.models.triton_attention": {"llmzoo_jax.models.packed_attention"},
+    "llmzoo_jax.models.attention": {*BELOW_MODELS, *KERNELS},
     "llmzoo_jax.models.layers": {*BELOW_MODELS, *ATTENTION},
     "llmzoo_jax.models.bloom": FAMILY,
     "llmzoo_jax.models.llama": FAMILY,
