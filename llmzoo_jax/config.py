@@ -119,8 +119,14 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW. The defaults are LLM Zoo's: 2e-5, cosine, 3 % warm-up, no weight decay, 3 epochs."""
+    """The defaults are LLM Zoo's: AdamW, 2e-5, cosine, 3 % warm-up, no weight decay, 3 epochs.
 
+    ``b1`` is the decay of the first moment (Adafactor: 0 for none), ``b2`` of the second (Lion: of
+    its momentum; Muon: of Adam's, for what is no matrix of a layer).
+    """
+
+    optimizer: Literal["adamw", "adafactor", "lion", "muon"] = "adamw"
+    state_dtype: Literal["float32", "bfloat16", "int8"] = "float32"  # of moments, between steps
     learning_rate: float = 2e-5
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_ratio: float = 0.03
