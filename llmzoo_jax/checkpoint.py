@@ -35,7 +35,9 @@ FREE_KEYS = (
     "save_every",
     "keep_checkpoints",
     "mesh.",
+    "hardware.",
     "compute.remat",
+    "compute.peak_flops",
     "data.cache_dir",
     "data.heldout",
 )
@@ -75,6 +77,11 @@ def claim(config: Config, model: ModelConfig) -> None:
         raise RunError(
             f"{config.run_dir} has checkpoints but no config.json; set --config.run_dir to a new "
             "folder"
+        )
+    if jax.process_index():  # the first has written it
+        raise RunError(
+            f"{config.run_dir}: process {jax.process_index()} does not see what process 0 wrote; "
+            "set --config.run_dir to a folder on a disk that all hosts share"
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(ours, indent=2, ensure_ascii=False) + "\n")

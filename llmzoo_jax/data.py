@@ -22,6 +22,8 @@ from llmzoo_jax.config import DataConfig, Source
 from llmzoo_jax.packing import Batch, PackingError, Plan, empty_rows, fill_rows, plan
 from llmzoo_jax.tokenise import DataError, Records, tokenise_all
 
+Rows = slice | np.ndarray  # rows of a global batch
+
 # --- records -> rows ----------------------------------------------------------------------------
 
 
@@ -42,6 +44,10 @@ class Part:
             return file[number]
 
         return fill_rows(self.plan, rows, example)
+
+    def language(self, row: int, segment_ids: np.ndarray, names: Sequence[str]) -> np.ndarray:
+        """int32[T], the number in ``names`` of the language of each position; of padding -1."""
+        return np.array([-1, *map(names.index, self.languages(row))], np.int32)[segment_ids]
 
     def languages(self, row: int) -> list[str]:
         """The language of each segment of a row."""
@@ -133,14 +139,14 @@ class TrainData:
     parts: list[Part]
     picks: grain.MapDataset  # int64[2]: part, row of its plan
 
-    def batch(self, step: int, rows: slice = slice(None)) -> Batch:
+    def batch(self, step: int, rows: Rows = slice(None)) -> Batch:
         """The global batch of ``step`` (from 0), [B, T], or those ``rows`` of it."""
         if step < 0:
             raise ValueError(f"step must be 0 or more, not {step}")
         return self._batches(rows)[step]
 
     def iterate(
-        self, start: int, stop: int, rows: slice = slice(None), workers: int = 0
+        self, start: int, stop: int, rows: Rows = slice(None), workers: int = 0
     ) -> Iterator[Batch]:
         """``batch(start), .., batch(stop - 1)``, made ahead of time.
 
@@ -162,6 +168,15 @@ class TrainData:
         finally:
             iterator.close()
 
+    def language(self, step: int, batch: Batch, rows: Rows = slice(None)) -> np.ndarray:
+        """int32[B, T], the number in ``languages`` of each position of ``batch(step, rows)``, which
+        is ``batch``; of padding -1."""
+        picks = self.picks.batch(self.batch_size)[step][rows]
+        return np.stack([
+            self.parts[part].language(row, ids, self.languages)
+            for (part, row), ids in zip(picks.tolist(), batch.segment_ids, strict=True)
+        ])  # fmt: skip
+
     def rows_of(self, host: int, hosts: int) -> slice:
         """The rows of every global batch that are for ``host`` (from 0) of ``hosts``.
 
@@ -176,7 +191,7 @@ class TrainData:
         share = self.batch_size // hosts
         return slice(host * share, (host + 1) * share)
 
-    def _batches(self, rows: slice) -> grain.MapDataset:
+    def _batches(self, rows: Rows) -> grain.MapDataset:
         return self.picks.batch(self.batch_size).map(lambda picks: self._fill(picks[rows]))
 
     def _fill(self, picks: np.ndarray) -> Batch:
@@ -276,8 +291,7 @@ class HeldoutData:
             for whole, filled in zip(batch, self.part.fill(rows), strict=True):
                 whole[: len(rows)] = filled
             for b, row in enumerate(rows):
-                indices = [-1, *map(self.languages.index, self.part.languages(row))]
-                language[b] = np.array(indices)[batch.segment_ids[b]]
+                language[b] = self.part.language(row, batch.segment_ids[b], self.languages)
             yield batch, language
 
 

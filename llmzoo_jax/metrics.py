@@ -1,4 +1,7 @@
-"""What a run writes for people: metrics.jsonl, TensorBoard, loss.png, lines on the console."""
+"""What a run writes for people: metrics.jsonl, TensorBoard, loss.png, lines on the console.
+
+Of several processes the first does all of it; the others call the same functions.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,17 @@ import os
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
+
+COLOURS = {"training": "#9aa5b1", "held out": "#c2410c"}
+
+
+def writes() -> bool:
+    """Whether this process is the one that writes."""
+    return jax.process_index() == 0
 
 
 class MetricsLog:
@@ -21,6 +32,8 @@ class MetricsLog:
 
     def __init__(self, run_dir: str | Path, *, start_step: int):
         self.path = Path(run_dir) / "metrics.jsonl"
+        if not writes():
+            return
         self._keep_up_to(start_step)
         self._file = self.path.open("a", encoding="utf-8")
         self._board = SummaryWriter(
@@ -36,6 +49,8 @@ class MetricsLog:
         os.replace(part, self.path)
 
     def write(self, step: int, **values: Any) -> None:
+        if not writes():
+            return
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():
@@ -45,6 +60,8 @@ class MetricsLog:
                 self._board.add_scalar(tag, number, step)
 
     def close(self) -> None:
+        if not writes():
+            return
         self._file.close()
         self._board.close()
 
@@ -60,7 +77,8 @@ def read(run_dir: str | Path) -> list[dict[str, Any]]:
 
 def say(text: str) -> None:
     """A line on the console, above a progress bar if there is one."""
-    tqdm.write(text)
+    if writes():
+        tqdm.write(text)
 
 
 def by_language(
@@ -74,8 +92,10 @@ def by_language(
 
 
 def plot(run_dir: str | Path, *, title: str) -> Path | None:
-    """Draws loss.png from metrics.jsonl: training and held-out loss by step, and the newest
-    held-out loss by language. None where there is nothing to draw yet."""
+    """Draws loss.png from metrics.jsonl: training and held-out loss by step, and the newest of both
+    by language. None where there is nothing to draw yet."""
+    if not writes():
+        return None
     import matplotlib
 
     matplotlib.use("Agg")
@@ -84,25 +104,42 @@ def plot(run_dir: str | Path, *, title: str) -> Path | None:
     records = read(run_dir)
     train = [(r["step"], r["loss"]) for r in records if "loss" in r]
     held = [(r["step"], r["heldout_loss"]) for r in records if "heldout_loss" in r]
-    languages = [r["heldout_by_language"] for r in records if r.get("heldout_by_language")]
+    languages = {
+        label: newest[-1]
+        for label, key in (("training", "loss_by_language"), ("held out", "heldout_by_language"))
+        if (newest := [r[key] for r in records if r.get(key)])
+    }
     if not train:
         return None
     figure, axes = plt.subplots(
         1, 2 if languages else 1, figsize=(11 if languages else 6.5, 4.2), squeeze=False, dpi=120
     )
     left = axes[0, 0]
-    left.plot(*zip(*train, strict=True), label="training", color="#9aa5b1", linewidth=1.3)
+    left.plot(*zip(*train, strict=True), label="training", color=COLOURS["training"], linewidth=1.3)
     if held:
-        left.plot(*zip(*held, strict=True), "o-", label="held out", color="#c2410c", markersize=4)
+        left.plot(
+            *zip(*held, strict=True),
+            "o-",
+            label="held out",
+            color=COLOURS["held out"],
+            markersize=4,
+        )
     left.set(xlabel="step", ylabel="loss (nats a token)", title=title)
     left.set_ylim(bottom=0)
     left.legend(frameon=False)
     left.grid(alpha=0.25)
     if languages:
         right = axes[0, 1]
-        items = sorted(languages[-1].items(), key=lambda item: -item[1])
-        right.barh([name for name, _ in items], [loss for _, loss in items], color="#c2410c")
-        right.set(xlabel="loss (nats a token)", title="held out, by language")
+        first = languages.get("held out") or languages["training"]
+        names = sorted(set().union(*languages.values()), key=lambda name: -first.get(name, 0.0))
+        height = 0.8 / len(languages)
+        for i, (label, losses) in enumerate(languages.items()):
+            places = [n + (i - (len(languages) - 1) / 2) * height for n in range(len(names))]
+            values = [losses.get(name, 0.0) for name in names]
+            right.barh(places, values, height, label=label, color=COLOURS[label])
+        right.set_yticks(range(len(names)), names)
+        right.set(xlabel="loss (nats a token)", title="by language")
+        right.legend(frameon=False, loc="lower right")
         right.tick_params(axis="y", labelsize=8)
         right.grid(alpha=0.25, axis="x")
     figure.tight_layout()

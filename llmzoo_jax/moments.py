@@ -46,7 +46,7 @@ class Quantised(NamedTuple):
 
 def is_matrix(name: str) -> bool:
     """Whether a parameter, by its dotted name, is a matrix: no norm and no bias."""
-    return name.endswith(".w")
+    return name.endswith((".w", ".lora_a", ".lora_b"))
 
 
 def compressed(tx: optax.GradientTransformation, dtype: str) -> optax.GradientTransformation:

@@ -94,7 +94,7 @@ def _adafactor(config: OptimConfig) -> optax.GradientTransformation:
 
 
 def _on_matrices(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-    """``tx`` on ``{name: array}`` in which weights are ``[D, rest]``, with L in front if stacked:
+    """``tx`` on ``{name: array}`` in which weights have two axes, and L in front if stacked:
     the axes that optax factors, the two longest, are then those of the matrix."""
 
     def flat(tree):
@@ -103,8 +103,9 @@ def _on_matrices(tx: optax.GradientTransformation) -> optax.GradientTransformati
             x, axes, name = node[...], _axes(node), path_name(path)
             if is_matrix(name):
                 stacked = x.shape[: axes.count("layers")]
-                D = x.shape[axes.index("embed")]
-                x = x.reshape(*stacked, *((D, -1) if axes[-1] != "embed" else (-1, D)))
+                side = axes.index(_side(axes))
+                rest = (x.shape[side], -1) if side < len(axes) - 1 else (-1, x.shape[side])
+                x = x.reshape(*stacked, *rest)
             arrays[name] = x
         return arrays
 
@@ -142,18 +143,22 @@ def _muon(config: OptimConfig) -> optax.GradientTransformation:
 
 
 def _matrix_axes(tree: Any) -> Any:
-    """Which axes of each weight are the two sides of a matrix: ``embed`` and the others, but for
-    those that count matrices."""
+    """Which axes of each weight are the two sides of its matrix, whatever counts matrices aside."""
 
     def one(node):
         if not jax.tree.leaves(node):  # masked by optax
             return node
         axes = _axes(node)
-        sides = [i for i, axis in enumerate(axes) if axis not in ("layers", "qkv", "embed")]
-        dims = optax.contrib.MuonDimensionNumbers((axes.index("embed"),), tuple(sides))
+        others = [i for i, axis in enumerate(axes) if axis not in ("layers", "qkv", _side(axes))]
+        dims = optax.contrib.MuonDimensionNumbers((axes.index(_side(axes)),), tuple(others))
         return jax.tree.map(lambda _: dims, node)
 
     return jax.tree.map(one, tree, is_leaf=_is_variable)
+
+
+def _side(axes: tuple[str, ...]) -> str:
+    """The axis that is one side of a weight by itself; the rest of them is the other side."""
+    return "rank" if "rank" in axes else "embed"
 
 
 def _is_variable(node: Any) -> bool:

@@ -3,7 +3,8 @@
     python -m llmzoo_jax.train --config=configs/quickstart.py:phoenix
 
 Every key of the config can be set: ``--config.optim.learning_rate=1e-5``. The same command again
-resumes the run where its newest checkpoint is. Ctrl-C and SIGTERM save and stop.
+resumes the run where its newest checkpoint is. Ctrl-C and SIGTERM save and stop. ``launch/`` has
+scripts that start it on several hosts.
 """
 
 from __future__ import annotations
@@ -21,13 +22,27 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from llmzoo_jax import checkpoint, cli, hf, metrics, models, optim, sharding
+from llmzoo_jax import (
+    checkpoint,
+    cli,
+    distributed,
+    flops,
+    hf,
+    metrics,
+    models,
+    optim,
+    run_page,
+    sharding,
+)
 from llmzoo_jax import config as configs
 from llmzoo_jax import step as steps
 from llmzoo_jax.config import Config, ConfigError, ModelConfig
 from llmzoo_jax.data import heldout_batches, train_data
 from llmzoo_jax.errors import InputError
+from llmzoo_jax.goodput import TimeLog
 from llmzoo_jax.metrics import say
+from llmzoo_jax.moments import state_bytes
+from llmzoo_jax.profiling import Trace
 from llmzoo_jax.tokenizer import load_tokenizer, resolve_format, save_tokenizer
 
 CONFIG = flags.DEFINE_string(
@@ -37,14 +52,37 @@ CONFIG = flags.DEFINE_string(
     "--config.KEY=VALUE.",
     required=True,
 )
+HARDWARE = flags.DEFINE_string(
+    "hardware",
+    "",
+    "What the config runs on, e.g. configs/hardware/tpu.py:v5e-256: mesh, memory, XLA's flags.",
+)
+COORDINATOR = flags.DEFINE_string(
+    "coordinator",
+    None,
+    "HOST:PORT of process 0, where there are several processes; auto: as JAX finds it on a TPU VM "
+    "or in Kubernetes. Not needed under Slurm's srun, Open MPI, or for TPU slices in Kubernetes. "
+    "$JAX_COORDINATOR_ADDRESS where it is not given.",
+)
+NUM_PROCESSES = flags.DEFINE_integer(
+    "num_processes", None, "How many, with --coordinator; or $JAX_NUM_PROCESSES."
+)
+PROCESS_ID = flags.DEFINE_integer(
+    "process_id", None, "Which one this is, with --coordinator; or $JAX_PROCESS_ID."
+)
+PROFILE = flags.DEFINE_string(
+    "profile", "", "FIRST:LAST, steps to trace into RUN_DIR/profile (for XProf or TensorBoard)."
+)
 
 
 class TrainingError(InputError):
     """Training can't go on; the message says at which step and what to do."""
 
 
-def train(config: Config) -> None:
-    """Runs training from the newest checkpoint of ``config.run_dir``, or from the start."""
+def train(config: Config, *, profile: str = "") -> None:
+    """Runs training from the newest checkpoint of ``config.run_dir``, or from the start.
+
+    ``profile``: see the flag."""
     # Everything that can be wrong is read before anything is compiled.
     model_config = resolve_model(config)
     tokenizer = load_tokenizer(config.tokenizer)
@@ -54,17 +92,25 @@ def train(config: Config) -> None:
     B, T = config.data.batch_size, config.data.sequence_length
     batch_sharding = sharding.batch_sharding(mesh, (B, T))
     check_accumulation(config, mesh)
-    checkpoint.claim(config, model_config)
+    distributed.in_turn(lambda: checkpoint.claim(config, model_config))
     report_config(config, model_config)
+    clock = TimeLog(config.run_dir, writes=metrics.writes())
 
     encoding = {"tokenizer": tokenizer, "chat_format": chat_format}
-    data = train_data(config.data, **encoding, seed=config.seed)
-    heldout = heldout_batches(config.data, **encoding)
+    data, heldout = distributed.in_turn(
+        lambda: (
+            train_data(config.data, **encoding, seed=config.seed),
+            heldout_batches(config.data, **encoding),
+        )
+    )
+    rows = distributed.local_rows(batch_sharding, (B, T))
     say(data.report)
     if heldout.report:
         say(f"held out:\n{heldout.report}")
     total = config.optim.steps or math.ceil(config.optim.epochs * data.rows_per_epoch / B)
-    save_tokenizer(tokenizer, Path(config.run_dir) / "tokenizer", chat_format=chat_format)
+    if metrics.writes():
+        save_tokenizer(tokenizer, Path(config.run_dir) / "tokenizer", chat_format=chat_format)
+        checkpoint.write_text(Path(config.run_dir) / "data.txt", data.report + "\n")
 
     tx = optim.make_optimizer(config.optim, total)
     schedule = optim.schedule(config.optim, total)
@@ -79,56 +125,78 @@ def train(config: Config) -> None:
             return
         size = models.num_params(state.params)
         say(f"{size:,} parameters on {mesh.size} device(s), steps {start + 1} to {total}")
+        kept = state_bytes(state.opt_state)
+        say(f"the state of {config.optim.optimizer} takes {kept / 1e6:,.1f} MB")
         step_fn = steps.jit_train_step(
-            tx, config.compute, config.optim.accumulation, sharding.tree_shardings(state, mesh)
+            tx,
+            config.compute,
+            config.optim.accumulation,
+            sharding.tree_shardings(state, mesh),
+            languages=len(data.languages),
         )
-        eval_fn = steps.jit_eval_step(config.compute)
-        put = functools.partial(jax.device_put, device=batch_sharding)
+        eval_fn = steps.jit_eval_step(config.compute, state.step.sharding)
+        put = functools.partial(distributed.put, sharding=batch_sharding, shape=(B, T))
         log = metrics.MetricsLog(config.run_dir, start_step=start)
-        stop = StopSignal()
+        utilisation = flops.Utilisation(model_config, config.compute, mesh)
+        trace = Trace(profile, config.run_dir, start=start, total=total)
+        clock.start(start)
+
+        def put_batch(step: int, batch):
+            return put(batch), put(data.language(step, batch, rows))
+
+        stop, agree = StopSignal(), distributed.Agreement(mesh)
         since = time.monotonic()
-        step_fn = step_fn.lower(state, put(data.batch(start))).compile()
+        step_fn = step_fn.lower(state, *put_batch(start, data.batch(start, rows))).compile()
         say(f"compiled in {time.monotonic() - since:.1f} s")
-        pending, counts, since = [], Counter(), time.monotonic()
+        pending, asked, since = [], 0, time.monotonic()
         bar = tqdm(
-            data.iterate(start, total), initial=start, total=total, unit="step", disable=None
+            data.iterate(start, total, rows),
+            initial=start,
+            total=total,
+            unit="step",
+            disable=None if metrics.writes() else True,
         )
         for step, batch in enumerate(bar, start + 1):
-            state, step_metrics = step_fn(state, put(batch))
+            state, step_metrics = trace.run(step, step_fn, state, *put_batch(step - 1, batch))
             pending.append(step_metrics)
-            counts["tokens"] += int((batch.segment_ids > 0).sum())
-            counts["slots"] += B * T
-            last = step == total or bool(stop.asked)
+            asked = agree(stop.asked)
+            last = step == total or asked > 0
             due_eval = step == total or (config.eval_every and step % config.eval_every == 0)
             due_save = last or step % config.save_every == 0
             if last or due_eval or due_save or step % config.log_every == 0:
                 jax.block_until_ready(step_metrics)
-                record = summarise(pending, counts, time.monotonic() - since, step)
+                seconds, pending = time.monotonic() - since, jax.device_get(pending)
+                record = summarise(pending, B * T, seconds, step, data.languages)
+                clock.spent("steps", step, seconds)
                 record["learning_rate"] = float(schedule(step - 1))
+                record |= utilisation(pending, seconds) | {"goodput": clock.share()}
                 log.write(step, **record)
                 bar.set_postfix(
                     loss=f"{record['loss']:.3f}", tok_s=f"{record['tokens_per_s']:,.0f}"
                 )
                 if bar.disable:
                     say(f"step {step}/{total}  " + describe(record))
-                pending, counts = [], Counter()
+                pending = []
                 if due_eval:
-                    evaluate(eval_fn, state.params, heldout, put, log, step)
-                    metrics.plot(config.run_dir, title=Path(config.run_dir).name)
+                    with clock.timed("evaluate", step):
+                        evaluate(eval_fn, state.params, heldout, put, log, step)
+                        run_page.write(config.run_dir)
                 if due_save:
-                    checkpoint.save(manager, state)
+                    with clock.timed("save", step):
+                        checkpoint.save(manager, state)
                 since = time.monotonic()
             if last:
                 break
         bar.close()
-        checkpoint.wait(manager)
+        trace.close()
+        with clock.timed("save", step):
+            checkpoint.wait(manager)
         log.close()
-        metrics.plot(config.run_dir, title=Path(config.run_dir).name)
-    if stop.asked and step < total:
-        say(
-            f"{stop.asked}: saved step {step} of {total} in {config.run_dir}; run it again to go on"
-        )
-        sys.exit(0 if stop.asked == "SIGTERM" else 130)
+        run_page.write(config.run_dir)
+    if asked and step < total:
+        name = signal.Signals(asked).name
+        say(f"{name}: saved step {step} of {total} in {config.run_dir}; run it again to go on")
+        sys.exit(0 if name == "SIGTERM" else 130)
     say(
         f"done: {config.run_dir}; export it with python -m llmzoo_jax.export --run={config.run_dir}"
     )
@@ -201,7 +269,7 @@ def start_state(config: Config, model_config: ModelConfig, tx, mesh, manager) ->
     )
     say(f"reading {config.init_from}")
     params = hf.load_params(
-        config.init_from, model_config, place=lambda name, x: jax.device_put(x, by_name[name])
+        config.init_from, model_config, place=lambda name, x: distributed.place(x, by_name[name])
     )
     make = functools.partial(steps.start_state, tx=tx)
     out = sharding.tree_shardings(jax.eval_shape(make, params), mesh)
@@ -212,30 +280,37 @@ class StopSignal:
     """Remembers SIGTERM or the first Ctrl-C; a second Ctrl-C stops at once."""
 
     def __init__(self):
-        self.asked = ""
+        self.asked = 0  # the number of the signal
         signal.signal(signal.SIGTERM, self._ask)
         signal.signal(signal.SIGINT, self._ask)
 
     def _ask(self, number, frame):
-        self.asked = signal.Signals(number).name
+        self.asked = number
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        say(f"{self.asked}: saving after this step")
+        say(f"{signal.Signals(number).name}: saving after this step")
 
 
 # --- in the loop --------------------------------------------------------------------------------
 
 
-def summarise(pending: list[steps.Metrics], counts: Counter, seconds: float, step: int) -> dict:
-    """The metrics of the steps since the last line, means weighted by loss tokens."""
+def summarise(
+    pending: list[steps.Metrics], slots: int, seconds: float, step: int, languages: list[str]
+) -> dict:
+    """The metrics of the steps since the last line, means weighted by loss tokens; ``slots`` are
+    the positions of a batch."""
     check_finite(pending, step)
-    loss, loss_tokens, grad_norm = np.array(jax.device_get(pending), np.float64).T
-    return {
-        "loss": float((loss * loss_tokens).sum() / max(loss_tokens.sum(), 1)),
-        "grad_norm": float(grad_norm[-1]),
-        "tokens_per_s": counts["tokens"] / seconds,
-        "loss_tokens_per_s": float(loss_tokens[-len(pending) :].sum()) / seconds,
-        "packing": counts["tokens"] / max(counts["slots"], 1),
+    each = jax.tree.map(lambda *x: np.stack(x).astype(np.float64), *jax.device_get(pending))
+    record = {
+        "loss": float((each.loss * each.loss_tokens).sum() / max(each.loss_tokens.sum(), 1)),
+        "grad_norm": float(each.grad_norm[-1]),
+        "tokens_per_s": float(each.tokens.sum()) / seconds,
+        "loss_tokens_per_s": float(each.loss_tokens.sum()) / seconds,
+        "packing": float(each.tokens.mean()) / slots,
     }
+    if each.by_language is not None:
+        sums = zip(languages, each.by_language.sum(0).tolist(), strict=True)
+        record["loss_by_language"] = {name: loss / count for name, (loss, count) in sums if count}
+    return record
 
 
 def check_finite(pending: list[steps.Metrics], step: int) -> None:
@@ -252,7 +327,9 @@ def describe(record: dict) -> str:
     return (
         f"loss {record['loss']:.4f}  grad norm {record['grad_norm']:.2f}  "
         f"lr {record['learning_rate']:.2e}  {record['tokens_per_s']:,.0f} tok/s  "
-        f"packing {record['packing']:.1%}"
+        f"packing {record['packing']:.1%}  "
+        + (f"MFU {record['mfu']:.1%}  " if "mfu" in record else "")
+        + f"goodput {record['goodput']:.1%}"
     )
 
 
@@ -278,6 +355,14 @@ def evaluate(eval_fn, params, heldout, put, log: metrics.MetricsLog, step: int) 
     )
 
 
+def main(overrides: list[str]) -> None:
+    place = COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value
+    config = configs.load(CONFIG.value, overrides, HARDWARE.value)
+    distributed.set_environment(config.hardware)  # before JAX starts a device
+    with distributed.joined(*place):
+        train(config, profile=PROFILE.value)
+
+
 if __name__ == "__main__":
     argv, overrides = cli.split_overrides(sys.argv)
-    cli.run(lambda _: train(configs.load(CONFIG.value, overrides)), argv)
+    cli.run(lambda _: main(overrides), argv)
