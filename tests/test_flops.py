@@ -11,13 +11,13 @@ from llmzoo_jax.models.attention import Mask
 from llmzoo_jax.step import Metrics
 
 B, T = 2, 128
-COMMON = {"vocab_size": 500, "hidden_size": 96, "num_layers": 2, "num_heads": 6, "init_std": 0.02}
+COMMON = {"vocab_size": 500, "hidden_size": 384, "num_layers": 2, "num_heads": 6, "init_std": 0.02}
 CONFIGS = {
     "bloom": BloomConfig(
         layer_norm_eps=1e-5, residual_post_layernorm=False, tie_embeddings=True, **COMMON
     ),
     "llama": LlamaConfig(
-        intermediate_size=200, num_kv_heads=2, head_dim=20, rms_norm_eps=1e-5, max_positions=T,
+        intermediate_size=800, num_kv_heads=2, head_dim=80, rms_norm_eps=1e-5, max_positions=T,
         rope=RopeConfig(theta=1e4), attention_bias=False, mlp_bias=False, tie_embeddings=False,
         **COMMON,
     ),
@@ -41,14 +41,14 @@ def counted_by_xla(config, *, backward: bool) -> float:
 
 
 @pytest.mark.parametrize("family", CONFIGS)
-def test_a_forward_pass_is_counted_within_three_per_cent_of_the_compiler(family):
+def test_a_forward_pass_is_counted_within_two_per_cent_of_the_compiler(family):
     work = flops.Work(tokens=B * T, pairs=B * T * T, loss_tokens=B * T)
     ours, xla = (
         flops.forward(CONFIGS[family], work),
         counted_by_xla(CONFIGS[family], backward=False),
     )
     print(f"{family}: {ours:.4g}, {xla:.4g}, {xla / ours:.3f}")
-    assert ours <= xla <= 1.03 * ours  # the rest is norms, softmax and activations
+    assert ours <= xla <= 1.02 * ours  # the rest is norms, softmax and activations
 
 
 def test_seven_billion_parameters_take_six_flops_each_and_a_little_for_attention():
@@ -71,8 +71,8 @@ def test_padding_other_segments_and_prompts_are_not_counted():
     whole = flops.forward(config, flops.Work(tokens=64, pairs=64 * 65 / 2, loss_tokens=64))
     split = flops.forward(config, flops.Work(tokens=64, pairs=2 * 32 * 33 / 2, loss_tokens=64))
     prompt = flops.forward(config, flops.Work(tokens=64, pairs=64 * 65 / 2, loss_tokens=10))
-    assert whole - split == 2 * (64 * 65 / 2 - 32 * 33) * 2 * 6 * 16 * 2
-    assert whole - prompt == 2 * 54 * 96 * 500
+    assert whole - split == 2 * (64 * 65 / 2 - 32 * 33) * 2 * 6 * 64 * 2
+    assert whole - prompt == 2 * 54 * 384 * 500
 
 
 @pytest.mark.parametrize(("kind", "peak"), [

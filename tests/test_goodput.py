@@ -65,7 +65,7 @@ def test_the_log_survives_a_kill_in_the_middle_of_a_line(tmp_path):
     with again.timed("save", 5):
         pass
     assert [e["event"] for e in read(tmp_path)] == ["start", "steps", "start", "save"]
-    assert 0 <= again.share() <= 1
+    assert again.share() > 0
 
 
 def test_only_the_process_that_writes_writes(tmp_path):

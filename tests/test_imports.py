@@ -40,7 +40,7 @@ MAY_IMPORT = {
         "llmzoo_jax.metrics",
         "llmzoo_jax.goodput",
         "llmzoo_jax.checkpoint",
-    },  # fmt: skip
+    },
     "llmzoo_jax.tokenise": {*TEXT, *CORE},
     "llmzoo_jax.data": {*TEXT, *CORE, "llmzoo_jax.packing", "llmzoo_jax.tokenise"},
     "llmzoo_jax.sharding": CORE,
