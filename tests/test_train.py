@@ -9,13 +9,14 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from llmzoo_jax import checkpoint, config, metrics, train
+from llmzoo_jax import checkpoint, config, goodput, metrics, train
 from llmzoo_jax.config import ComputeConfig, Config, ConfigError, DataConfig, OptimConfig, Source
 from llmzoo_jax.conversation import ConversationError, write_jsonl
 from llmzoo_jax.data import DataError
@@ -123,6 +124,19 @@ def test_a_finished_run_is_left_as_it_is(finished, folder, capsys):
     train.train(make_config(folder, finished))
     assert "all 6 steps are done" in capsys.readouterr().out
     np.testing.assert_array_equal(before[0], final_weights(finished)[0])
+
+
+def test_a_run_accounts_for_its_time_and_its_languages(finished):
+    records = [r for r in metrics.read(finished) if "loss" in r]
+    for record in records:
+        losses_of = record["loss_by_language"]
+        assert losses_of.keys() == {"fr", "xfr"}
+        assert min(losses_of.values()) <= record["loss"] <= max(losses_of.values())
+        assert 0 < record["goodput"] < 1 and "mfu" not in record  # a CPU has no peak
+    spent = goodput.goodput(goodput.read(finished), time.time())
+    assert spent.useful > 0 and spent.startup > 0 and spent.restarts == 0
+    assert "conversations" in (finished / "data.txt").read_text()
+    assert "Loss by language" in (finished / "report.html").read_text()
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
