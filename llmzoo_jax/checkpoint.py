@@ -50,6 +50,7 @@ FREE_KEYS = (
     "compute.remat",
     "compute.loss_chunk",
     "optim.accumulation",
+    "compute.peak_flops",
     "data.cache_dir",
     "data.worker",
     "data.heldout",
