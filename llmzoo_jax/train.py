@@ -69,6 +69,7 @@ def train(config: Config) -> None:
 
     tx = optim.make_optimizer(config.optim, total)
     schedule = optim.schedule(config.optim, total)
+    stop = StopSignal()
     with (
         jax.set_mesh(mesh),
         checkpoint.open_manager(
@@ -88,7 +89,6 @@ def train(config: Config) -> None:
         eval_fn = steps.jit_eval_step(config.compute)
         put = functools.partial(jax.device_put, device=batch_sharding)
         log = metrics.MetricsLog(config.run_dir, start_step=start)
-        stop = StopSignal()
         since = time.monotonic()
         step_fn = step_fn.lower(state, put(data.batch(start))).compile()
         say(f"compiled in {time.monotonic() - since:.1f} s")

@@ -53,7 +53,7 @@ WHAT = {
     "SIGTERM-in-save": lambda: before(checkpoint.manifest, "make", send(signal.SIGTERM), call=2),
     "SIGINT-in-save": lambda: before(checkpoint.manifest, "make", send(signal.SIGINT), call=2),
     "full-disk-in-save": no_room_after_check,
-    "full-disk-in-metrics": lambda: before(metrics.MetricsLog, "write", fill_disk, call=6),
+    "full-disk-in-metrics": lambda: before(metrics.MetricsLog, "write", fill_disk, call=2),
 }
 
 if __name__ == "__main__":

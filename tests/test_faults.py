@@ -6,6 +6,7 @@ Packed and mixed data (two weights), accumulated, in bfloat16. All runs share a 
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -169,3 +170,123 @@ def test_a_run_killed_at_random_ends_as_an_undisturbed_one(seed, folder, undistu
     hits = kill_again_and_again(folder, tmp_path / "run", moments, seed)
     assert hits.count(True) >= 4
     assert_same(tmp_path / "run", undisturbed)
+
+
+# --- signals ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("number", "moment", "code"),
+    [
+        ("SIGTERM", "compile", 0),
+        ("SIGINT", "evaluation", 130),
+        ("SIGTERM", "save", 0),
+        pytest.param("SIGINT", "compile", 130, marks=pytest.mark.slow),
+        pytest.param("SIGTERM", "evaluation", 0, marks=pytest.mark.slow),
+        pytest.param("SIGINT", "save", 130, marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_at_any_moment_saves_and_the_run_goes_on(
+    number, moment, code, folder, undisturbed, tmp_path
+):
+    at = {"compile": 1, "evaluation": 9, "save": 7}[moment]  # the step that is done after it
+    said = run(folder, tmp_path / "run", what=f"{number}-in-{moment}", code=code)
+    assert f"{number}: saved step {at} of {STEPS}" in said
+    assert steps_of(tmp_path / "run")[-1] == at
+    assert f"resuming at step {at}" in run(folder, tmp_path / "run")
+    assert_same(tmp_path / "run", undisturbed)
+
+
+# --- disks --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 8 MB: a few checkpoints of 1.3 MB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a file system of 8 MB needs root")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_disk_that_fills_up_in_a_save_leaves_the_checkpoint_before_it_whole(
+    folder, undisturbed, small_disk
+):
+    run_dir = small_disk / "run"
+    run_dir.mkdir()
+    said = run(folder, run_dir, "--config.eval_every=99", what="full-disk-in-save", code=1)
+    assert f"error: {run_dir}/checkpoints: a checkpoint was not saved" in said
+    assert "same command again" in said
+    assert steps_of(run_dir) == [3]
+    checkpoint.restore_params(run_dir, BLOOM)
+    (run_dir / "filler").unlink()  # room is made
+    assert "resuming at step 3" in run(folder, run_dir)
+    assert_same(run_dir, undisturbed)
+
+
+def test_a_disk_that_is_full_when_metrics_are_written_stops_the_run_with_the_file_s_name(
+    folder, undisturbed, small_disk
+):
+    run_dir = small_disk / "run"
+    run_dir.mkdir()
+    rarely = ("--config.save_every=99", "--config.eval_every=99")
+    said = run(folder, run_dir, *rarely, what="full-disk-in-metrics", code=1)
+    assert f"error: {run_dir}/metrics.jsonl: can't be written" in said
+    (run_dir / "filler").unlink()
+    run(folder, run_dir)
+    assert_same(run_dir, undisturbed)
+
+
+def test_a_damaged_newest_checkpoint_is_moved_away_and_the_run_goes_back_to_the_one_before(
+    folder, undisturbed, tmp_path
+):
+    run_dir = tmp_path / "run"
+    shutil.copytree(undisturbed, run_dir)
+    data = max((run_dir / f"checkpoints/{STEPS}").rglob("d/*"), key=lambda p: p.stat().st_size)
+    os.truncate(data, data.stat().st_size // 2)  # cut off half-way
+    said = run(folder, run_dir)
+    assert f"checkpoints/{STEPS} is damaged" in said
+    assert f"It was moved to {run_dir}/damaged/{STEPS}; the run goes back to step 21" in said
+    assert (run_dir / "damaged" / str(STEPS) / data.relative_to(data.parents[3])).is_file()
+    assert_same(run_dir, undisturbed)
+
+
+# --- another mesh, dead workers, spikes ---------------------------------------------------------
+
+
+def test_a_run_on_eight_devices_goes_on_on_one(folder, undisturbed, tmp_path):
+    run(folder, tmp_path / "run", "--config.optim.accumulation=1", what="SIGTERM-in-save",
+        devices=8)  # fmt: skip
+    said = run(folder, tmp_path / "run", "--config.optim.accumulation=1")
+    assert "resuming at step 7" in said and "on 1 device(s)" in said
+    ours, theirs = (
+        [r["loss"] for r in records(path) if "loss" in r]
+        for path in (tmp_path / "run", undisturbed)
+    )
+    np.testing.assert_allclose(ours, theirs, rtol=2e-3)  # of bfloat16, in another order
+
+
+def test_a_data_worker_that_is_killed_is_named_and_changes_nothing(folder, undisturbed, tmp_path):
+    process = start(folder, tmp_path / "run", "--config.data.workers=2")
+    while process.poll() is None and "\nstep 1/" not in console(tmp_path / "run"):
+        pass
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    workers = [pid for pid in children if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]
+    os.kill(int(workers[0]), signal.SIGKILL)
+    assert process.wait(timeout=200) == 0
+    said = console(tmp_path / "run")
+    assert f"data worker {workers[0]} died (SIGKILL)" in said and "new workers go on" in said
+    assert_same(tmp_path / "run", undisturbed)
+
+
+def test_a_resumed_run_skips_the_spikes_that_an_undisturbed_one_skips(folder, tmp_path):
+    strict = [f"--config.optim.{x}" for x in ("spike_factor=1", "spike_window=3", "max_skipped=99")]
+    said = run(folder, tmp_path / "whole", *strict)
+    assert "was skipped: loss" in said and "over 1.0 x the median" in said
+    assert 2 < records(tmp_path / "whole")[-2]["skipped"] < STEPS
+    run(folder, tmp_path / "run", *strict, what="SIGTERM-in-save")
+    run(folder, tmp_path / "run", *strict)
+    assert_same(tmp_path / "run", tmp_path / "whole")
