@@ -17,7 +17,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -129,9 +129,10 @@ def write_text(path: Path, text: str) -> None:
 # --- checkpoints --------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
 def open_manager(
     run_dir: str | Path, *, keep: int | None = None, keep_best: int = 0
-) -> ocp.CheckpointManager:
+) -> Iterator[ocp.CheckpointManager]:
     """The checkpoints of a run. Saves go on in the background; an unfinished one never counts.
 
     ``keep`` newest ones stay, and the ``keep_best`` ones of the lowest held-out loss; all of them
@@ -146,9 +147,16 @@ def open_manager(
         lightweight_initialize=True,
         create=True,
     )
-    return ocp.CheckpointManager(
-        directory, options=options, item_handlers=ocp.PyTreeCheckpointHandler()
-    )
+    with _loops_wait():
+        manager = ocp.CheckpointManager(
+            directory, options=options, item_handlers=ocp.PyTreeCheckpointHandler()
+        )
+        try:
+            yield manager
+            wait(manager)
+        finally:
+            with contextlib.suppress(Exception):  # raised above, or another one is on its way
+                manager.close()
 
 
 @dataclass(frozen=True)
@@ -185,10 +193,10 @@ def save(
     step = int(state.step)
     leaves = _plain(state)
     size = sum(x.nbytes for x in leaves.values())
+    wait(manager)
     check_space(manager.directory, size, f"the checkpoint of step {step}")
     if heldout_loss is not None and not math.isfinite(heldout_loss):
         heldout_loss = None
-    wait(manager)
     try:
         manager.save(
             step,
@@ -327,8 +335,7 @@ def _restore(
     handler, folder = ocp.PyTreeCheckpointHandler(), manager.directory / str(step) / "default"
     problem = ""
     try:
-        with _reads_are_awaited():
-            leaves = handler.restore(folder, args=args)
+        leaves = handler.restore(folder, args=args)
     except Exception as error:  # Orbax and TensorStore raise many types; all mean: can't be read
         problem = (str(error).strip() or repr(error)).splitlines()[0][:200]
     if not _everywhere(not problem):
@@ -343,9 +350,9 @@ def _restore(
 
 
 @contextlib.contextmanager
-def _reads_are_awaited():
-    """When one of many reads fails, Orbax closes its event loop under the others, each of which
-    then writes a traceback to the console. Here the loop waits for them before it closes."""
+def _loops_wait():
+    """When one of many reads or writes fails, Orbax closes its event loop under the others, each of
+    which then writes a traceback to the console. Here a loop waits for them before it closes."""
 
     class Policy(asyncio.DefaultEventLoopPolicy):
         def new_event_loop(self):

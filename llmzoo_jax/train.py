@@ -112,6 +112,7 @@ def train(config: Config, *, profile: str = "") -> None:
 
     tx = optim.make_optimizer(config.optim, total)
     schedule = optim.schedule(config.optim, total)
+    stop = StopSignal()
     with (
         jax.set_mesh(mesh),
         checkpoint.open_manager(
@@ -144,7 +145,7 @@ def train(config: Config, *, profile: str = "") -> None:
         def put_batch(step: int, batch):
             return put(batch), put(data.language(step, batch, rows))
 
-        stop, agree = StopSignal(), distributed.agreement(mesh)
+        agree = distributed.agreement(mesh)
         since = time.monotonic()
         step_fn = step_fn.lower(state, *put_batch(start, data.batch(start, rows))).compile()
         say(f"compiled in {time.monotonic() - since:.1f} s")
