@@ -39,6 +39,7 @@ FREE_KEYS = (
     "data.cache_dir",
     "data.heldout",
 )
+FREE_KEYS_LORA = ("init_from",)  # the base may move: its content is checked (lora_run.py)
 
 
 class RunError(InputError):
@@ -57,10 +58,11 @@ def claim(config: Config, model: ModelConfig) -> None:
     ours = configs.to_dict(config) | {"model": configs.to_dict(model)}
     if path.is_file():
         theirs = read_config(config.run_dir)
+        free = FREE_KEYS + (FREE_KEYS_LORA if config.lora else ())
         different = {
             key: values
             for key, values in configs.differences(ours, theirs).items()
-            if not key.startswith(FREE_KEYS)
+            if not key.startswith(free)
         }
         if different:
             lines = [f"  {key}: now {a!r}, there {b!r}" for key, (a, b) in different.items()]
@@ -165,7 +167,11 @@ def restore(manager: ocp.CheckpointManager, abstract: TrainState, mesh) -> Train
 
 def restore_params(run_dir: str | Path, config: ModelConfig) -> nnx.Module:
     """The model of the newest checkpoint of a run, without its optimiser, on one device."""
-    abstract = models.abstract(config)
+    return restore_tree(run_dir, models.abstract(config))
+
+
+def restore_tree(run_dir: str | Path, abstract: Any) -> Any:
+    """What the newest checkpoint of a run trained, laid out as ``abstract``, on one device."""
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     with open_manager(run_dir) as manager:
         if manager.latest_step() is None:
@@ -202,8 +208,8 @@ def _saved_leaves(manager: ocp.CheckpointManager) -> dict[str, Any]:
 
 
 def _plain(state: TrainState) -> dict[str, Any]:
-    """A flat dict, so that a checkpoint can be read without this code."""
+    """A flat dict, so that a checkpoint can be read without this code. LoRA's base is not in it."""
     leaves = {}
-    for name, x in named_leaves(state).items():
+    for name, x in named_leaves(state._replace(base=None)).items():
         leaves[name] = x if hasattr(x, "sharding") else np.asarray(x)
     return leaves

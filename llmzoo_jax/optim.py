@@ -28,8 +28,12 @@ def schedule(config: OptimConfig, total_steps: int) -> optax.Schedule:
 
 
 def decay_mask(params: Any) -> Any:
-    """True for matrices (``*.w``), False for norms and biases: what HF's Trainer decays."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: path_name(path).endswith(".w"), params)
+    """True for matrices (``*.w``, and LoRA's), False for norms and biases: what HF's Trainer
+    decays."""
+    matrices = (".w", ".lora_a", ".lora_b")
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: path_name(path).endswith(matrices), params
+    )
 
 
 def make_optimizer(config: OptimConfig, total_steps: int) -> optax.GradientTransformation:

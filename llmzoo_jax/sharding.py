@@ -31,6 +31,8 @@ RULES: dict[str, tuple[str, ...]] = {
     "head": (),
     "qkv": (),
     "mlp": ("tensor",),
+    "rank": (),
+    "blocks": (),
     "batch": ("replica", "fsdp"),
     "length": ("sequence",),
     "act_embed": (),

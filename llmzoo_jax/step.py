@@ -11,7 +11,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from llmzoo_jax import models
+from llmzoo_jax import lora, models
 from llmzoo_jax.config import ComputeConfig, ModelConfig
 from llmzoo_jax.packing import Batch
 from llmzoo_jax.sharding import tree_shardings
@@ -19,8 +19,14 @@ from llmzoo_jax.sharding import tree_shardings
 
 class TrainState(NamedTuple):
     step: jax.Array  # int32, updates done
-    params: nnx.Module  # float32
+    params: Any  # float32, what is trained: the model or, with a base, its adapters
     opt_state: Any
+    base: nnx.Module | None = None  # LoRA's frozen weights; read again, never saved
+
+    @property
+    def model(self) -> nnx.Module:
+        """The model that computes."""
+        return lora.attach(self.base, self.params)
 
 
 class Metrics(NamedTuple):
@@ -41,7 +47,7 @@ def init_state(config: ModelConfig, tx: optax.GradientTransformation, mesh: Mesh
     return jax.jit(make, out_shardings=tree_shardings(jax.eval_shape(make, key), mesh))(key)
 
 
-def start_state(params: nnx.Module, tx: optax.GradientTransformation) -> TrainState:
+def start_state(params: Any, tx: optax.GradientTransformation) -> TrainState:
     return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
 
 
@@ -115,13 +121,22 @@ _permute.defvjp(
 
 
 def loss_and_grads(
-    params: nnx.Module, batch: Batch, compute: ComputeConfig, accumulation: int
-) -> tuple[jax.Array, jax.Array, nnx.Module]:
-    """(mean loss, number of loss tokens, gradients of the mean), with one division by the loss
-    tokens of the whole batch, however many parts it is computed in."""
+    params: Any,
+    batch: Batch,
+    compute: ComputeConfig,
+    accumulation: int,
+    *,
+    base: nnx.Module | None = None,
+    key: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array, Any]:
+    """(mean loss, number of loss tokens, gradients of the mean by ``params``), with one division by
+    the loss tokens of the whole batch, however many parts it is computed in.
 
-    def loss_sum(params, part):
-        losses, count = token_losses(params, part, compute)
+    With a ``base``, ``params`` are its adapters; ``key`` is for their dropout (None: none)."""
+
+    def loss_sum(params, part, number=0):
+        part_key = None if key is None else jax.random.fold_in(key, number)
+        losses, count = token_losses(lora.attach(base, params, part_key), part, compute)
         return losses.sum(), count
 
     grad = jax.value_and_grad(loss_sum, has_aux=True)
@@ -133,12 +148,12 @@ def loss_and_grads(
             lambda x: jnp.moveaxis(x.reshape(-1, accumulation, *x.shape[1:]), 1, 0), batch
         )
 
-        def add(carry, part):
-            (total, count), grads = grad(params, part)
+        def add(carry, part_and_number):
+            (total, count), grads = grad(params, *part_and_number)
             return jax.tree.map(jnp.add, carry, (total, count, grads)), None
 
         zeros = (jnp.zeros(()), jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params))
-        (total, count, grads), _ = jax.lax.scan(add, zeros, parts)
+        (total, count, grads), _ = jax.lax.scan(add, zeros, (parts, jnp.arange(accumulation)))
     scale = 1.0 / jnp.maximum(count, 1)
     return total * scale, count, jax.tree.map(lambda g: g * scale, grads)
 
@@ -150,17 +165,31 @@ def train_step(
     tx: optax.GradientTransformation,
     compute: ComputeConfig,
     accumulation: int,
+    seed: int | None = None,
 ) -> tuple[TrainState, Metrics]:
-    loss, count, grads = loss_and_grads(state.params, batch, compute, accumulation)
+    """``seed`` is of LoRA's dropout, which is the same whenever a step is done; None: none."""
+    key = None if seed is None else lora.dropout_key(seed, state.step)
+    loss, count, grads = loss_and_grads(
+        state.params, batch, compute, accumulation, base=state.base, key=key
+    )
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     metrics = Metrics(loss, count.astype(jnp.float32), optax.global_norm(grads))
-    return TrainState(state.step + 1, params, opt_state), metrics
+    return TrainState(state.step + 1, params, opt_state, state.base), metrics
 
 
-def jit_train_step(tx, compute: ComputeConfig, accumulation: int, shardings: TrainState):
+def jit_train_step(
+    tx,
+    compute: ComputeConfig,
+    accumulation: int,
+    shardings: TrainState,
+    *,
+    seed: int | None = None,
+):
     """``step(state, batch) -> (state, metrics)``; the old state's buffers are reused."""
-    step = functools.partial(train_step, tx=tx, compute=compute, accumulation=accumulation)
+    step = functools.partial(
+        train_step, tx=tx, compute=compute, accumulation=accumulation, seed=seed
+    )
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from llmzoo_jax import checkpoint, cli, hf, metrics, models, optim, sharding
+from llmzoo_jax import checkpoint, cli, hf, lora, lora_run, metrics, models, optim, sharding
 from llmzoo_jax import config as configs
 from llmzoo_jax import step as steps
 from llmzoo_jax.config import Config, ConfigError, ModelConfig
@@ -47,6 +47,8 @@ def train(config: Config) -> None:
     """Runs training from the newest checkpoint of ``config.run_dir``, or from the start."""
     # Everything that can be wrong is read before anything is compiled.
     model_config = resolve_model(config)
+    if config.lora:
+        lora.targets(config.lora, model_config)
     tokenizer = load_tokenizer(config.tokenizer)
     chat_format = resolve_format(config.chat_format, tokenizer)
     check_vocabulary(tokenizer, model_config, config.tokenizer)
@@ -78,9 +80,13 @@ def train(config: Config) -> None:
             say(f"{config.run_dir}: all {total} steps are done")
             return
         size = models.num_params(state.params)
-        say(f"{size:,} parameters on {mesh.size} device(s), steps {start + 1} to {total}")
+        say(f"{size:,} parameters to train on {mesh.size} device(s), steps {start + 1} to {total}")
         step_fn = steps.jit_train_step(
-            tx, config.compute, config.optim.accumulation, sharding.tree_shardings(state, mesh)
+            tx,
+            config.compute,
+            config.optim.accumulation,
+            sharding.tree_shardings(state, mesh),
+            seed=config.seed,
         )
         eval_fn = steps.jit_eval_step(config.compute)
         put = functools.partial(jax.device_put, device=batch_sharding)
@@ -113,7 +119,7 @@ def train(config: Config) -> None:
                     say(f"step {step}/{total}  " + describe(record))
                 pending, counts = [], Counter()
                 if due_eval:
-                    evaluate(eval_fn, state.params, heldout, put, log, step)
+                    evaluate(eval_fn, state.model, heldout, put, log, step)
                     metrics.plot(config.run_dir, title=Path(config.run_dir).name)
                 if due_save:
                     checkpoint.save(manager, state)
@@ -140,6 +146,11 @@ def train(config: Config) -> None:
 def resolve_model(config: Config) -> ModelConfig:
     """The model config, from the run's config, the folder it starts from, or both if they agree."""
     if not config.init_from:
+        if config.lora:
+            raise ConfigError(
+                "config: lora trains adapters of a model that exists; set init_from to its Hugging "
+                "Face folder (or --config.lora=none to train all weights)"
+            )
         if config.model is None:
             raise ConfigError("config: set model, or init_from to a Hugging Face folder")
         return config.model
@@ -185,6 +196,8 @@ def report_config(config: Config, model: ModelConfig) -> None:
 
 def start_state(config: Config, model_config: ModelConfig, tx, mesh, manager) -> steps.TrainState:
     """The newest checkpoint, else the weights of ``init_from``, else random ones: in this order."""
+    if config.lora:
+        return lora_run.start_state(config, model_config, tx, mesh, manager)
     if manager.latest_step() is not None:
         abstract = jax.eval_shape(lambda: steps.start_state(models.abstract(model_config), tx))
         say(f"resuming {config.run_dir} at step {manager.latest_step()}")
