@@ -1,13 +1,14 @@
-"""Exports the newest checkpoint of a run as a Hugging Face folder.
+"""Exports a checkpoint of a run as a Hugging Face folder.
 
     python -m llmzoo_jax.export --run=runs/quickstart-phoenix
+    python -m llmzoo_jax.export --run=runs/quickstart-phoenix --step=best
     python -m llmzoo_jax.export --run=runs/phoenix-7b-lora --adapter
 
 The folder has safetensors with their index, config.json, generation_config.json, the tokenizer
 with its chat template, a model card with the figures of the run, and its loss plot; transformers
 and llmzoo_jax.load read it. Of a LoRA run that is the merged model; --adapter writes the adapter
 alone, as a folder of PEFT. It appears whole or not at all. The same command again replaces it by
-an export of the checkpoint that is then the newest.
+an export of the checkpoint that is then the newest, or the best one by its held-out loss.
 """
 
 from __future__ import annotations
@@ -50,17 +51,19 @@ def export(
     run: str | Path,
     out: str | Path | None = None,
     *,
+    step: checkpoint.Step = "latest",
     dtype: str = "float32",
     max_shard_size: str = "5GB",
     overwrite: bool = False,
     content: Literal["model", "adapter"] = "model",
 ) -> Path:
-    """Writes the newest checkpoint of the folder ``run`` to ``out``; returns it.
+    """Writes a checkpoint of the folder ``run`` to ``out``; returns it.
 
     ``content`` is a whole model (to ``run/export``) or, of a LoRA run, the adapter as PEFT has it,
-    in float32 (to ``run/adapter``). Raises ExportError where ``out`` is something else than an
-    earlier export (unless ``overwrite``) or can't be written, RunError where there is no checkpoint
-    or no room.
+    in float32 (to ``run/adapter``).
+
+    Raises ExportError where ``out`` is something else than an earlier export (unless
+    ``overwrite``) or can't be written, RunError where there is no checkpoint or no room.
     """
     run = Path(run)
     out = Path(out or run / {"model": "export", "adapter": "adapter"}[content])
@@ -74,19 +77,19 @@ def export(
     if content == "adapter":
         lora_config = _lora_config(run, config, dtype)
         abstract = lora.abstract(lora_config, model_config)
-        restore = functools.partial(checkpoint.restore_tree, run, abstract)
+        restore = functools.partial(checkpoint.restore_params, run, abstract)
     else:
         abstract = models.abstract(model_config)
         restore = functools.partial(lora_run.restore_model, run, model_config)
     num_params = models.num_params(abstract)
     size = num_params * (2 if dtype == "bfloat16" else 4)
     checkpoint.check_space(out.parent, size, f"the export of {run}")
-    step, params = _newest(run, restore)
+    number, params = _read(run, step, restore)
 
     part = out.with_name(f".{out.name}.{os.getpid()}.part")
     try:
         part.mkdir()
-        _write_about(part, run, config, content, num_params, step, dtype)
+        _write_about(part, run, config, content, num_params, number, dtype)
         if content == "adapter":
             base = lora_run.read_base(run)["folder"]
             peft_format.save(part, params, lora_config, model_config, base=base)
@@ -148,15 +151,15 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _newest(run: Path, restore: Callable[[], Any]) -> tuple[int, Any]:
-    """(step, parameters) of the newest checkpoint, also while training goes on and saves more."""
+def _read(run: Path, step: checkpoint.Step, restore: Callable[..., Any]) -> tuple[int, Any]:
+    """(step, parameters) of a checkpoint, also while training saves more and deletes some."""
     while True:
-        with checkpoint.open_manager(run) as manager:
-            step = manager.latest_step()
-        params = restore()
-        with checkpoint.open_manager(run) as manager:
-            if manager.latest_step() == step:
-                return step, params
+        number = checkpoint.find_step(run, step)
+        try:
+            return number, restore(step=number)
+        except checkpoint.DamagedError:
+            if checkpoint.find_step(run, step) == number:
+                raise
 
 
 def _check_target(out: Path, run: Path, overwrite: bool) -> None:
@@ -209,6 +212,7 @@ def main(_) -> None:
     out = export(
         RUN.value,
         OUT.value,
+        step=int(STEP.value) if STEP.value.isdecimal() else STEP.value,
         dtype=DTYPE.value,
         max_shard_size=MAX_SHARD_SIZE.value,
         overwrite=OVERWRITE.value,
@@ -222,6 +226,11 @@ if __name__ == "__main__":
     RUN = flags.DEFINE_string("run", None, "Run folder to export.", required=True)
     OUT = flags.DEFINE_string(
         "out", None, "Folder to write; RUN/export, or RUN/adapter, where it is not given."
+    )
+    STEP = flags.DEFINE_string(
+        "step",
+        "latest",
+        "Checkpoint: its step, latest, or best (of the lowest held-out loss; see keep_best).",
     )
     DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the weights.")
     MAX_SHARD_SIZE = flags.DEFINE_string(

@@ -58,8 +58,8 @@ class Adapter(nnx.Module):
     """What is added to a projection: ``alpha / rank * dropout(x) @ lora_a @ lora_b``.
 
     float32 ``lora_a[*inputs,R]``, uniform as torch initialises a linear layer, and
-    ``lora_b[R,*outputs]``, zero: at first, nothing is added (PEFT's defaults). ``key`` is the
-    randomness of dropout; None: no dropout.
+    ``lora_b[R,*outputs]``, zero: at first, nothing is added (PEFT's defaults). ``keys[B]`` are the
+    randomness of dropout, one a row; None: no dropout.
     """
 
     def __init__(self, like: Proj, config: LoraConfig, key: jax.Array):
@@ -71,14 +71,15 @@ class Adapter(nnx.Module):
         self.lora_b = nnx.Param(jnp.zeros((config.rank, *outputs)), axes=("rank", *axes[n:]))
         self.scale = config.alpha / config.rank
         self.dropout = config.dropout
-        self.key = None
+        self.keys = None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """``x[...,K] -> [...,N]``, K and N the products of the sizes of inputs and outputs."""
         a, b = self.lora_a[...].astype(x.dtype), self.lora_b[...].astype(x.dtype)
-        if self.key is not None:
+        if self.keys is not None:
             keep = 1.0 - self.dropout
-            x = jnp.where(jax.random.bernoulli(self.key, keep, x.shape), x / keep, 0.0)
+            kept = jax.vmap(lambda key: jax.random.bernoulli(key, keep, x.shape[1:]))(self.keys)
+            x = jnp.where(kept, x / keep, 0.0)
         y = checkpoint_name(matmul(x, a.reshape(-1, a.shape[-1])), SAVED)  # [...,R]
         return matmul(y, b.reshape(b.shape[0], -1)) * self.scale
 
@@ -134,18 +135,20 @@ def abstract(config: LoraConfig, model: ModelConfig) -> Adapters:
     return jax.eval_shape(lambda: init(config, model, jax.random.key(0)))
 
 
-def attach(base: nnx.Module | None, params: Any, key: jax.Array | None = None) -> nnx.Module:
+def attach(base: nnx.Module | None, params: Any, keys: jax.Array | None = None) -> nnx.Module:
     """The model that computes: ``base`` with the adapters ``params``, or ``params`` itself where
-    there is no base. No array is copied. With ``key``, the adapters drop out."""
+    there is no base. No array is copied. With ``keys[B]``, one a row, the adapters drop out."""
     if base is None:
         return params
     model = jax.tree.map(lambda x: x, base)  # other modules, the same arrays
     paths = list(TARGETS[base.config.family].values())
+    fold = jax.vmap(jax.random.fold_in, in_axes=(0, None))
     for path, adapter in params.items():
-        if key is not None and adapter.dropout:
+        if keys is not None and adapter.dropout:
             adapter = jax.tree.map(lambda x: x, adapter)
-            own = jax.random.fold_in(key, paths.index(path))
-            adapter.key = nnx.data(jax.random.split(own, adapter.lora_a.shape[0]))
+            layers = jnp.arange(adapter.lora_a.shape[0])
+            own = fold(keys, paths.index(path))
+            adapter.keys = nnx.data(jax.vmap(lambda layer, own=own: fold(own, layer))(layers))
         module(model, path).lora = nnx.data(adapter)
     return model
 

@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from llmzoo_jax import checkpoint, hf, lora, models, peft_format, sharding
+from llmzoo_jax import checkpoint, distributed, hf, lora, models, peft_format, sharding
 from llmzoo_jax import config as configs
 from llmzoo_jax import step as steps
 from llmzoo_jax.checkpoint import RunError
@@ -28,7 +28,7 @@ BASE = "base.json"
 def start_state(config: Config, model: ModelConfig, tx, mesh: Mesh, manager) -> steps.TrainState:
     """The adapters of the newest checkpoint, else those of ``lora.init_from``, else new ones; and
     their base. Raises RunError where the base is not the one that the run began with."""
-    claim_base(config.run_dir, config.init_from)
+    distributed.in_turn(lambda: claim_base(config.run_dir, config.init_from))
     say(f"reading {config.init_from}")
     base = load_base(config.init_from, model, config.lora, mesh)
     size = sum(x.nbytes for x in jax.tree.leaves(base))
@@ -38,7 +38,7 @@ def start_state(config: Config, model: ModelConfig, tx, mesh: Mesh, manager) -> 
         return steps.start_state(adapters, tx)
 
     if manager.latest_step() is not None:
-        say(f"resuming {config.run_dir} at step {manager.latest_step()}")
+        say(f"resuming {config.run_dir}")
         abstract = jax.eval_shape(start, lora.abstract(config.lora, model))
         return checkpoint.restore(manager, abstract, mesh)._replace(base=base)
     if config.lora.init_from:
@@ -66,22 +66,20 @@ def load_base(folder: str | Path, model: ModelConfig, config: LoraConfig, mesh: 
             placed |= {f"{name}.{part}": x for part, x in sharding.named_leaves(weight).items()}
         else:
             array = array.astype(jnp.dtype(config.base_dtype))
-            placed[name] = jax.device_put(array, layout[name])
+            placed[name] = distributed.place(array, layout[name])
     return jax.tree.unflatten(jax.tree.structure(abstract), [placed[name] for name in layout])
 
 
 def _quantise(proj, name: str, array: np.ndarray, config: LoraConfig, mesh: Mesh) -> nnx.Module:
     """The stacked float32 weight ``array[L,..]`` of a projection, quantised layer by layer."""
-    one = array[:1]
-    axes = proj.w.get_metadata()["axes"]
-    make = functools.partial(lora.quantise, proj, config=config)
-    layout = sharding.tree_shardings(jax.eval_shape(make, one), mesh)
-    quantise = jax.jit(
-        make,
-        in_shardings=sharding.sharding_of(one.shape, axes, mesh, name=name),
-        out_shardings=layout,
+    axes, make = (
+        proj.w.get_metadata()["axes"],
+        functools.partial(lora.quantise, proj, config=config),
     )
-    layers = [quantise(array[i : i + 1]) for i in range(len(array))]
+    whole = sharding.sharding_of(array.shape, axes, mesh, name=name)
+    layout = sharding.tree_shardings(jax.eval_shape(make, array[:1]), mesh)
+    quantise = jax.jit(make, out_shardings=layout)
+    layers = [quantise(distributed.place(array[i : i + 1], whole)) for i in range(len(array))]
     join = lambda *layers: jax.tree.map(lambda *x: jnp.concatenate(x), *layers)  # noqa: E731
     return jax.jit(join, out_shardings=layout)(*layers)
 
@@ -89,16 +87,20 @@ def _quantise(proj, name: str, array: np.ndarray, config: LoraConfig, mesh: Mesh
 # --- a model to use -----------------------------------------------------------------------------
 
 
-def restore_model(run_dir: str | Path, model: ModelConfig) -> nnx.Module:
-    """The model of the newest checkpoint of any run, float32, on one device; of a LoRA run, its
+def restore_model(
+    run_dir: str | Path, model: ModelConfig, *, step: checkpoint.Step = "latest"
+) -> nnx.Module:
+    """The model of a checkpoint of any run, float32, on one device; of a LoRA run, its
     adapters merged into the weights they were trained on (of a quantised base, those)."""
     config = configs.lora_from_dict(checkpoint.read_config(run_dir).get("lora"))
     if config is None:
-        return checkpoint.restore_params(run_dir, model)
+        return checkpoint.restore_params(run_dir, model, step=step)
+    abstract = lora.abstract(config, model)
+    adapters = checkpoint.restore_params(run_dir, abstract, step=step)
     known = read_base(run_dir)
     _check_content(Path(run_dir) / BASE, known["folder"], known)
     base = load_base(known["folder"], model, config, _one_device())
-    return lora.merge(base, checkpoint.restore_tree(run_dir, lora.abstract(config, model)))
+    return lora.merge(base, adapters)
 
 
 def load_peft(folder: str | Path, base: str | Path, model: ModelConfig) -> nnx.Module:

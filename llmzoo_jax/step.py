@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from jax.sharding import Mesh
 
 from llmzoo_jax import lora, models
 from llmzoo_jax.config import ComputeConfig, ModelConfig
+from llmzoo_jax.models import attention
 from llmzoo_jax.packing import Batch
 from llmzoo_jax.sharding import tree_shardings
 
@@ -34,7 +36,10 @@ class Metrics(NamedTuple):
 
     loss: jax.Array  # mean over the loss tokens of the global batch
     loss_tokens: jax.Array
+    tokens: jax.Array  # those of conversations, the rest of the batch is padding
     grad_norm: jax.Array  # before clipping
+    skipped: jax.Array  # steps so far (spikes.py)
+    skipped_in_a_row: jax.Array  # the last ones; 0 where this one was taken
 
 
 def init_state(config: ModelConfig, tx: optax.GradientTransformation, mesh: Mesh, seed: int):
@@ -51,6 +56,13 @@ def start_state(params: Any, tx: optax.GradientTransformation) -> TrainState:
     return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
 
 
+def resolve(compute: ComputeConfig, mesh: Mesh) -> ComputeConfig:
+    """``compute`` for the devices of the mesh: what "auto" stands for there. Raises where they
+    can't do what it asks for."""
+    platform = mesh.devices.flat[0].platform
+    return dataclasses.replace(compute, attention=attention.choose(compute.attention, platform))
+
+
 def token_losses(
     model: nnx.Module, batch: Batch, compute: ComputeConfig
 ) -> tuple[jax.Array, jax.Array]:
@@ -62,6 +74,7 @@ def token_losses(
         batch.positions,
         dtype=jnp.dtype(compute.dtype),
         remat=compute.remat,
+        attention=compute.attention,
     )
 
     def cross_entropy(x, targets, mask):  # [...,D], [...], [...] -> float32 [...]
@@ -132,28 +145,30 @@ def loss_and_grads(
     """(mean loss, number of loss tokens, gradients of the mean by ``params``), with one division by
     the loss tokens of the whole batch, however many parts it is computed in.
 
-    With a ``base``, ``params`` are its adapters; ``key`` is for their dropout (None: none)."""
+    With a ``base``, ``params`` are its adapters; ``key`` is of their dropout (None: none), which a
+    row has whatever part it is in."""
 
-    def loss_sum(params, part, number=0):
-        part_key = None if key is None else jax.random.fold_in(key, number)
-        losses, count = token_losses(lora.attach(base, params, part_key), part, compute)
+    def loss_sum(params, part, rows):
+        keys = None if key is None else jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
+        losses, count = token_losses(lora.attach(base, params, keys), part, compute)
         return losses.sum(), count
 
     grad = jax.value_and_grad(loss_sum, has_aux=True)
+    rows = jnp.arange(len(batch.tokens))
     if accumulation == 1:
-        (total, count), grads = grad(params, batch)
+        (total, count), grads = grad(params, batch, rows)
     else:
         # Part i takes rows i, i + n, ..: every part spreads over all devices of the batch axis.
         parts = jax.tree.map(
-            lambda x: jnp.moveaxis(x.reshape(-1, accumulation, *x.shape[1:]), 1, 0), batch
+            lambda x: jnp.moveaxis(x.reshape(-1, accumulation, *x.shape[1:]), 1, 0), (batch, rows)
         )
 
-        def add(carry, part_and_number):
-            (total, count), grads = grad(params, *part_and_number)
+        def add(carry, part):
+            (total, count), grads = grad(params, *part)
             return jax.tree.map(jnp.add, carry, (total, count, grads)), None
 
         zeros = (jnp.zeros(()), jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params))
-        (total, count, grads), _ = jax.lax.scan(add, zeros, (parts, jnp.arange(accumulation)))
+        (total, count, grads), _ = jax.lax.scan(add, zeros, parts)
     scale = 1.0 / jnp.maximum(count, 1)
     return total * scale, count, jax.tree.map(lambda g: g * scale, grads)
 
@@ -172,9 +187,16 @@ def train_step(
     loss, count, grads = loss_and_grads(
         state.params, batch, compute, accumulation, base=state.base, key=key
     )
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params, value=loss)
     params = optax.apply_updates(state.params, updates)
-    metrics = Metrics(loss, count.astype(jnp.float32), optax.global_norm(grads))
+    metrics = Metrics(
+        loss=loss,
+        loss_tokens=count.astype(jnp.float32),
+        tokens=(batch.segment_ids > 0).sum().astype(jnp.float32),
+        grad_norm=optax.global_norm(grads),
+        skipped=opt_state.skipped.astype(jnp.float32),
+        skipped_in_a_row=opt_state.in_a_row.astype(jnp.float32),
+    )
     return TrainState(state.step + 1, params, opt_state, state.base), metrics
 
 
@@ -190,9 +212,12 @@ def jit_train_step(
     step = functools.partial(
         train_step, tx=tx, compute=compute, accumulation=accumulation, seed=seed
     )
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    # Metrics are laid out as the number of the step is: every process has them.
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, shardings.step))
 
 
-def jit_eval_step(compute: ComputeConfig):
-    """``step(params, batch) -> float32 [B,T]``, the loss of every loss token."""
-    return jax.jit(lambda params, batch: token_losses(params, batch, compute)[0])
+def jit_eval_step(compute: ComputeConfig, everywhere: jax.sharding.Sharding | None = None):
+    """``step(params, batch) -> float32 [B,T]``, the loss of every loss token; ``everywhere``, if it
+    is given, is the replicated sharding in which every process has all of them."""
+    losses = lambda params, batch: token_losses(params, batch, compute)[0]  # noqa: E731
+    return jax.jit(losses, out_shardings=everywhere)

@@ -2,7 +2,7 @@
 
 The rendered text of a conversation is tokenised once, with ``add_special_tokens=False``: what a
 tokenizer would add (LLaMA's BOS) is in the text of the resolved format. The loss mask comes from
-the character spans of the tokens, never from their ids.
+the text that each token stands for, in bytes or characters, never from special ids.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tokenizers import pre_tokenizers
 
 from llmzoo_jax.conversation import (
     FORMATS,
@@ -250,10 +251,50 @@ def encode(
     check_messages(conversation.messages, where=where)
     segments = checked_segments(conversation.messages, tokenizer, chat_format, where, False)
     tokens, spans = _tokenize(segments, conversation.messages, tokenizer, where)
+    mask = byte_mask(tokens, segments, byte_lengths(tokenizer, len(tokenizer)))
+    if mask is not None:
+        return Example(tokens, mask)
     lengths = [len(segment.text) for segment in segments]
     trained = np.repeat([segment.train for segment in segments], lengths)
     before = np.concatenate([[0], np.cumsum(trained)])  # trained characters before each position
     return Example(tokens, before[spans[:, 1]] > before[spans[:, 0]])
+
+
+@functools.lru_cache(maxsize=8)
+def byte_lengths(tokenizer: Any, size: int) -> np.ndarray | None:
+    """How many bytes of text each token stands for, int64[V], in a tokenizer of all bytes; None in
+    another. ``size`` is the tokenizer's: it changes as tokens are added."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    step = state["pre_tokenizer"] or {}
+    last = step.get("pretokenizers", [step])[-1]
+    vocabulary = tokenizer.get_vocab()
+    complete = vocabulary.keys() >= set(pre_tokenizers.ByteLevel.alphabet())
+    if state["normalizer"] or last.get("type") != "ByteLevel" or not complete:
+        return None
+    lengths = np.zeros(max(vocabulary.values()) + 1, np.int64)
+    for token, number in vocabulary.items():
+        lengths[number] = len(token)  # each character is a byte
+    for number, token in tokenizer.added_tokens_decoder.items():
+        lengths[number] = len(token.content.encode())
+    return lengths
+
+
+def byte_mask(
+    tokens: np.ndarray, segments: Sequence[Segment], lengths: np.ndarray | None
+) -> np.ndarray | None:
+    """The loss mask of ``encode`` from ``byte_lengths``. None where these are None, or don't add up
+    to the text, as when the tokenizer adds a space."""
+    sizes = [len(segment.text.encode("utf-8", "surrogatepass")) for segment in segments]
+    if lengths is None or int(lengths[tokens].sum()) != sum(sizes):
+        return None
+    stops, at = np.cumsum(lengths[tokens]), 0  # bytes
+    mask = np.zeros(len(tokens), bool)
+    for segment, size in zip(segments, sizes, strict=True):
+        if segment.train and size:  # from the token of its first byte to that of its last
+            first, last = np.searchsorted(stops, [at, at + size - 1], side="right")
+            mask[first : last + 1] = True
+        at += size
+    return mask
 
 
 def encode_prompt(
@@ -327,7 +368,7 @@ def fingerprint(tokenizer: Any, chat_format: ChatFormat) -> str:
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     state.pop("truncation", None)  # a call sets these two, and `encode` uses neither
     state.pop("padding", None)
-    version = 1  # of `encode`: another one makes other tokens or masks of the same text
+    version = 2  # of `encode`: another one makes other tokens or masks of the same text
     parts = [version, state, dataclasses.asdict(chat_format)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
