@@ -16,7 +16,12 @@ STANDARD = set(sys.stdlib_module_names)
 # What a module may import of the project, beside itself and its own folder. A name stands for
 # the modules below it too.
 CORE = {"llmzoo_jax.config", "llmzoo_jax.errors", "llmzoo_jax.cli"}
-TEXT = {"llmzoo_jax.conversation", "llmzoo_jax.chat_formats", "llmzoo_jax.tokenizer"}
+TEXT = {
+    "llmzoo_jax.conversation",
+    "llmzoo_jax.chat_formats",
+    "llmzoo_jax.byte_tokens",
+    "llmzoo_jax.tokenizer",
+}
 TOKENS = {"llmzoo_jax.packing", "llmzoo_jax.shards", "llmzoo_jax.tokenise"}
 BELOW_MODELS = {"llmzoo_jax.sharding", "llmzoo_jax.config", "llmzoo_jax.errors"}
 KERNELS = {
@@ -34,6 +39,7 @@ MAY_IMPORT = {
     "llmzoo_jax.conversation": {"llmzoo_jax.errors", "llmzoo_jax.chat_formats"},
     "llmzoo_jax.chat_formats": {"llmzoo_jax.errors", "llmzoo_jax.conversation"},
     "llmzoo_jax.packing": {"llmzoo_jax.errors"},
+    "llmzoo_jax.byte_tokens": {"llmzoo_jax.conversation"},
     "llmzoo_jax.tokenizer": {*TEXT, "llmzoo_jax.errors", "llmzoo_jax.llama_tokenizer"},
     "llmzoo_jax.llama_tokenizer": {"llmzoo_jax.errors"},
     "llmzoo_jax.text_stream": {"llmzoo_jax.errors"},
