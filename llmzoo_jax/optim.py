@@ -36,7 +36,8 @@ def schedule(config: OptimConfig, total_steps: int) -> optax.Schedule:
 
 
 def decay_mask(params: Any) -> Any:
-    """True for matrices (``*.w``), False for norms and biases: what HF's Trainer decays."""
+    """True for matrices (``*.w``, and LoRA's), False for norms and biases: what HF's Trainer
+    decays."""
     return jax.tree_util.tree_map_with_path(lambda path, _: is_matrix(path_name(path)), params)
 
 

@@ -32,6 +32,8 @@ RULES: dict[str, tuple[str, ...]] = {
     "head": (),
     "qkv": (),
     "mlp": ("tensor",),
+    "rank": (),
+    "blocks": (),
     "batch": ("replica", "fsdp"),
     "length": ("sequence",),
     "act_embed": (),

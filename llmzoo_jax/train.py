@@ -28,6 +28,8 @@ from llmzoo_jax import (
     distributed,
     flops,
     hf,
+    lora,
+    lora_run,
     metrics,
     models,
     optim,
@@ -81,6 +83,8 @@ def train(config: Config, *, profile: str = "") -> None:
     ``profile``: see the flag."""
     # Everything that can be wrong is read before anything is compiled.
     model_config = resolve_model(config)
+    if config.lora:
+        lora.targets(config.lora, model_config)
     tokenizer = load_tokenizer(config.tokenizer)
     chat_format = resolve_format(config.chat_format, tokenizer)
     check_vocabulary(tokenizer, model_config, config.tokenizer)
@@ -125,7 +129,9 @@ def train(config: Config, *, profile: str = "") -> None:
             say(f"{config.run_dir}: all {total} steps are done")
             return
         size = models.num_params(state.params)
-        say(f"{size:,} parameters, {sharding.describe(mesh)}, steps {start + 1} to {total}")
+        say(
+            f"{size:,} parameters to train, {sharding.describe(mesh)}, steps {start + 1} to {total}"
+        )
         kept = state_bytes(state.opt_state)
         say(f"the state of {config.optim.optimizer} takes {kept / 1e6:,.1f} MB")
         step_fn = steps.jit_train_step(
@@ -133,12 +139,15 @@ def train(config: Config, *, profile: str = "") -> None:
             compute,
             config.optim.accumulation,
             sharding.tree_shardings(state, mesh),
+            seed=config.seed,
             languages=len(data.languages),
         )
         eval_fn = steps.jit_eval_step(compute, state.step.sharding)
         put = functools.partial(distributed.put, sharding=batch_sharding, shape=(B, T))
         log = metrics.MetricsLog(config.run_dir, start_step=start)
-        utilisation = flops.Utilisation(model_config, config.compute, mesh)
+        utilisation = flops.Utilisation(
+            model_config, config.compute, mesh, frozen=config.lora is not None
+        )
         trace = Trace(profile, config.run_dir, start=start, total=total)
         clock.start(start)
 
@@ -191,7 +200,7 @@ def train(config: Config, *, profile: str = "") -> None:
                 pending, heldout_loss = [], None
                 if due_eval:
                     with clock.timed("evaluate", step):
-                        heldout_loss = evaluate(eval_fn, state.params, heldout, put, log, step)
+                        heldout_loss = evaluate(eval_fn, state.model, heldout, put, log, step)
                         run_page.write(config.run_dir)
                 if due_save:
                     with clock.timed("save", step):
@@ -221,6 +230,11 @@ def train(config: Config, *, profile: str = "") -> None:
 def resolve_model(config: Config) -> ModelConfig:
     """The model config, from the run's config, the folder it starts from, or both if they agree."""
     if not config.init_from:
+        if config.lora:
+            raise ConfigError(
+                "config: lora trains adapters of a model that exists; set init_from to its Hugging "
+                "Face folder (or --config.lora=none to train all weights)"
+            )
         if config.model is None:
             raise ConfigError("config: set model, or init_from to a Hugging Face folder")
         return config.model
@@ -281,6 +295,8 @@ def report_config(config: Config, model: ModelConfig) -> None:
 
 def start_state(config: Config, model_config: ModelConfig, tx, mesh, manager) -> steps.TrainState:
     """The newest checkpoint, else the weights of ``init_from``, else random ones: in this order."""
+    if config.lora:
+        return lora_run.start_state(config, model_config, tx, mesh, manager)
     if manager.latest_step() is not None:
         abstract = jax.eval_shape(lambda: steps.start_state(models.abstract(model_config), tx))
         say(f"resuming {config.run_dir}")
