@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -177,12 +177,14 @@ def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(axes, name="activation"))
 
 
-def per_device(function: Callable, *, inputs: Any, outputs: Any) -> Callable:
+def per_device(
+    function: Callable, *, inputs: Any, outputs: Any, undivided: Literal["whole", "error"]
+) -> Callable:
     """``function``, run by each device of the mesh (if one is set) on its own part.
 
     ``inputs`` and ``outputs`` are pytrees of logical axes, as ``function`` takes and gives arrays.
-    Where a mesh axis does not divide an array, everything is computed as one, which the compiler
-    splits as it can.
+    Where a mesh axis does not divide an array, ``undivided`` says: everything is computed as one,
+    which the compiler splits as it can, or a ShardingError (the compiler can't split a kernel).
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
@@ -194,15 +196,22 @@ def per_device(function: Callable, *, inputs: Any, outputs: Any) -> Callable:
     def specs(axes):
         return jax.tree.map(lambda a: spec(a, name="activation"), axes, is_leaf=is_axes)
 
-    def divides(axes, x):
-        return all(
-            size % _ways(part, mesh) == 0
-            for size, part in zip(x.shape, spec(axes, name="activation"), strict=True)
-        )
+    def indivisible(axes, x) -> str:
+        for size, axis, part in zip(x.shape, axes, spec(axes, name="activation"), strict=True):
+            if size % _ways(part, mesh):
+                where = "*".join(_mesh_axes(part))
+                return f"{axis!r} of size {size} by {_ways(part, mesh)}, the mesh axis {where}"
+        return ""
 
     def run(*args):
-        if not all(jax.tree.leaves(jax.tree.map(divides, inputs, args, is_leaf=is_axes))):
+        reasons = jax.tree.leaves(jax.tree.map(indivisible, inputs, args, is_leaf=is_axes))
+        if any(reasons) and undivided == "whole":
             return function(*args)
+        if any(reasons):
+            raise ShardingError(
+                f"the attention kernel can't split {next(filter(None, reasons))}; choose another "
+                "mesh.* or batch, or compute.attention=blocks"
+            )
         return jax.shard_map(
             function, in_specs=specs(inputs), out_specs=specs(outputs), check_vma=False
         )(*args)

@@ -26,12 +26,11 @@ from typing import Any
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
+from llmzoo_jax.byte_tokens import byte_lengths, byte_mask
 from llmzoo_jax.conversation import ChatFormat, Conversation, from_dict, in_languages, read_jsonl
 from llmzoo_jax.errors import InputError
 from llmzoo_jax.tokenizer import (
     Example,
-    byte_lengths,
-    byte_mask,
     checked_segments,
     encode,
     has_tokens,

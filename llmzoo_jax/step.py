@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from jax.sharding import Mesh
 
 from llmzoo_jax import models
 from llmzoo_jax.config import ComputeConfig, ModelConfig
+from llmzoo_jax.models import attention
 from llmzoo_jax.packing import Batch
 from llmzoo_jax.sharding import tree_shardings
 
@@ -30,6 +32,8 @@ class Metrics(NamedTuple):
     loss_tokens: jax.Array
     tokens: jax.Array  # those of conversations, the rest of the batch is padding
     grad_norm: jax.Array  # before clipping
+    skipped: jax.Array  # steps so far (spikes.py)
+    skipped_in_a_row: jax.Array  # the last ones; 0 where this one was taken
 
 
 def init_state(config: ModelConfig, tx: optax.GradientTransformation, mesh: Mesh, seed: int):
@@ -46,6 +50,13 @@ def start_state(params: nnx.Module, tx: optax.GradientTransformation) -> TrainSt
     return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
 
 
+def resolve(compute: ComputeConfig, mesh: Mesh) -> ComputeConfig:
+    """``compute`` for the devices of the mesh: what "auto" stands for there. Raises where they
+    can't do what it asks for."""
+    platform = mesh.devices.flat[0].platform
+    return dataclasses.replace(compute, attention=attention.choose(compute.attention, platform))
+
+
 def token_losses(
     model: nnx.Module, batch: Batch, compute: ComputeConfig
 ) -> tuple[jax.Array, jax.Array]:
@@ -57,6 +68,7 @@ def token_losses(
         batch.positions,
         dtype=jnp.dtype(compute.dtype),
         remat=compute.remat,
+        attention=compute.attention,
     )
 
     def cross_entropy(x, targets, mask):  # [...,D], [...], [...] -> float32 [...]
@@ -153,13 +165,15 @@ def train_step(
     accumulation: int,
 ) -> tuple[TrainState, Metrics]:
     loss, count, grads = loss_and_grads(state.params, batch, compute, accumulation)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params, value=loss)
     params = optax.apply_updates(state.params, updates)
     metrics = Metrics(
         loss=loss,
         loss_tokens=count.astype(jnp.float32),
         tokens=(batch.segment_ids > 0).sum().astype(jnp.float32),
         grad_norm=optax.global_norm(grads),
+        skipped=opt_state.skipped.astype(jnp.float32),
+        skipped_in_a_row=opt_state.in_a_row.astype(jnp.float32),
     )
     return TrainState(state.step + 1, params, opt_state), metrics
 

@@ -73,6 +73,8 @@ def train(config: Config) -> None:
     B, T = config.data.batch_size, config.data.sequence_length
     batch_sharding = sharding.batch_sharding(mesh, (B, T))
     check_accumulation(config, mesh)
+    check_counts(config)
+    compute = steps.resolve(config.compute, mesh)
     distributed.in_turn(lambda: checkpoint.claim(config, model_config))
     report_config(config, model_config)
 
@@ -95,7 +97,9 @@ def train(config: Config) -> None:
     schedule = optim.schedule(config.optim, total)
     with (
         jax.set_mesh(mesh),
-        checkpoint.open_manager(config.run_dir, keep=config.keep_checkpoints) as manager,
+        checkpoint.open_manager(
+            config.run_dir, keep=config.keep_checkpoints, keep_best=config.keep_best
+        ) as manager,
     ):
         state = start_state(config, model_config, tx, mesh, manager)
         start = int(state.step)
@@ -105,9 +109,9 @@ def train(config: Config) -> None:
         size = models.num_params(state.params)
         say(f"{size:,} parameters, {sharding.describe(mesh)}, steps {start + 1} to {total}")
         step_fn = steps.jit_train_step(
-            tx, config.compute, config.optim.accumulation, sharding.tree_shardings(state, mesh)
+            tx, compute, config.optim.accumulation, sharding.tree_shardings(state, mesh)
         )
-        eval_fn = steps.jit_eval_step(config.compute, state.step.sharding)
+        eval_fn = steps.jit_eval_step(compute, state.step.sharding)
         put = functools.partial(distributed.put, sharding=batch_sharding, shape=(B, T))
         log = metrics.MetricsLog(config.run_dir, start_step=start)
         stop, agree = StopSignal(), distributed.agreement(mesh)
@@ -115,8 +119,16 @@ def train(config: Config) -> None:
         step_fn = step_fn.lower(state, put(data.batch(start, rows))).compile()
         say(f"compiled in {time.monotonic() - since:.1f} s")
         pending, asked, since = [], 0, time.monotonic()
+        batches = data.iterate(
+            start,
+            total,
+            rows,
+            workers=config.data.workers,
+            restarts=config.data.worker_restarts,
+            report=say,
+        )
         bar = tqdm(
-            data.iterate(start, total, rows),
+            batches,
             initial=start,
             total=total,
             unit="step",
@@ -129,27 +141,30 @@ def train(config: Config) -> None:
             asked = int(agreed)
             last = step == total or asked > 0
             due_eval = step == total or (config.eval_every and step % config.eval_every == 0)
-            due_save = last or step % config.save_every == 0
+            due_save = last or step % config.save_every == 0 or (due_eval and config.keep_best)
             if last or due_eval or due_save or step % config.log_every == 0:
                 jax.block_until_ready(step_metrics)
-                record = summarise(pending, B * T, time.monotonic() - since, step)
-                record["learning_rate"] = float(schedule(step - 1))
+                record = summarise(pending, B * T, time.monotonic() - since)
+                record["learning_rate"] = float(schedule(step - 1 - record["skipped"]))
                 log.write(step, **record)
+                check_skipped(pending, step, config.optim)
                 bar.set_postfix(
-                    loss=f"{record['loss']:.3f}", tok_s=f"{record['tokens_per_s']:,.0f}"
+                    loss=f"{record.get('loss', math.nan):.3f}",
+                    tok_s=f"{record['tokens_per_s']:,.0f}",
                 )
                 if bar.disable:
                     say(f"step {step}/{total}  " + describe(record))
-                pending = []
+                pending, heldout_loss = [], None
                 if due_eval:
-                    evaluate(eval_fn, state.params, heldout, put, log, step)
+                    heldout_loss = evaluate(eval_fn, state.params, heldout, put, log, step)
                     metrics.plot(config.run_dir, title=Path(config.run_dir).name)
                 if due_save:
-                    checkpoint.save(manager, state)
+                    checkpoint.save(manager, state, heldout_loss=heldout_loss)
                 since = time.monotonic()
             if last:
                 break
         bar.close()
+        batches.close()
         checkpoint.wait(manager)
         log.close()
         metrics.plot(config.run_dir, title=Path(config.run_dir).name)
@@ -203,6 +218,21 @@ def check_accumulation(config: Config, mesh) -> None:
         )
 
 
+def check_counts(config: Config) -> None:
+    for key, value, least in (
+        ("keep_checkpoints", config.keep_checkpoints, 1),
+        ("keep_best", config.keep_best, 0),
+        ("data.workers", config.data.workers, 0),
+        ("data.worker_restarts", config.data.worker_restarts, 0),
+        ("optim.spike_window", config.optim.spike_window, 1),
+        ("optim.max_skipped", config.optim.max_skipped, 0),
+    ):
+        if value < least:
+            raise ConfigError(f"{key} must be {least} or more, not {value}")
+    if config.keep_best and not config.data.heldout:
+        raise ConfigError("keep_best chooses by the held-out loss; set data.heldout")
+
+
 def report_config(config: Config, model: ModelConfig) -> None:
     say(f"run {config.run_dir}: {model}")
     defaults = Config(run_dir="", tokenizer="", data=configs.DataConfig(train=()))
@@ -215,7 +245,7 @@ def start_state(config: Config, model_config: ModelConfig, tx, mesh, manager) ->
     """The newest checkpoint, else the weights of ``init_from``, else random ones: in this order."""
     if manager.latest_step() is not None:
         abstract = jax.eval_shape(lambda: steps.start_state(models.abstract(model_config), tx))
-        say(f"resuming {config.run_dir} at step {manager.latest_step()}")
+        say(f"resuming {config.run_dir}")
         return checkpoint.restore(manager, abstract, mesh)
     if not config.init_from:
         return steps.init_state(model_config, tx, mesh, config.seed)
@@ -253,40 +283,58 @@ class StopSignal:
 # --- in the loop --------------------------------------------------------------------------------
 
 
-def summarise(pending: list[steps.Metrics], slots: int, seconds: float, step: int) -> dict:
+def summarise(pending: list[steps.Metrics], slots: int, seconds: float) -> dict:
     """The metrics of the steps since the last line, means weighted by loss tokens; ``slots`` are
-    the positions of a batch."""
-    check_finite(pending, step)
-    loss, loss_tokens, tokens, grad_norm = np.array(jax.device_get(pending), np.float64).T
-    return {
-        "loss": float((loss * loss_tokens).sum() / max(loss_tokens.sum(), 1)),
-        "grad_norm": float(grad_norm[-1]),
-        "tokens_per_s": float(tokens.sum()) / seconds,
-        "loss_tokens_per_s": float(loss_tokens.sum()) / seconds,
-        "packing": float(tokens.mean()) / slots,
+    the positions of a batch. Skipped steps are counted and left out; where none is left, there is
+    no loss and no norm."""
+    pending = jax.device_get(pending)
+    taken = [one for one in pending if not one.skipped_in_a_row]
+    tokens = float(sum(one.tokens for one in pending))
+    record = {
+        "tokens_per_s": tokens / seconds,
+        "loss_tokens_per_s": float(sum(one.loss_tokens for one in taken)) / seconds,
+        "packing": tokens / (slots * len(pending)),
+        "skipped": int(pending[-1].skipped),
     }
+    if not taken:
+        return record
+    loss, loss_tokens = (np.array([one[i] for one in taken], np.float64) for i in (0, 1))
+    mean = float((loss * loss_tokens).sum() / max(loss_tokens.sum(), 1))
+    return {"loss": mean, "grad_norm": float(taken[-1].grad_norm), **record}
 
 
-def check_finite(pending: list[steps.Metrics], step: int) -> None:
-    for i, one in enumerate(jax.device_get(pending)):
-        if not np.isfinite(one.loss) or not np.isfinite(one.grad_norm):
-            bad = step - len(pending) + 1 + i
+def check_skipped(pending: list[steps.Metrics], last: int, config: configs.OptimConfig) -> None:
+    """Says which of the steps up to ``last`` were skipped. Raises TrainingError where there were
+    more in a row than may be."""
+    for step, one in enumerate(jax.device_get(pending), last - len(pending) + 1):
+        if not one.skipped_in_a_row:
+            continue
+        finite = np.isfinite(one.loss) and np.isfinite(one.grad_norm)
+        why = f"over {config.spike_factor} x the median" if finite else "not finite"
+        what = f"loss {one.loss:.4g}, gradient norm {one.grad_norm:.4g}: {why}"
+        if one.skipped_in_a_row > config.max_skipped:
+            first = step - int(one.skipped_in_a_row) + 1
             raise TrainingError(
-                f"step {bad}: loss {one.loss}, gradient norm {one.grad_norm}: not finite. No later "
-                "state was saved; lower optim.learning_rate or set optim.clip_norm, and run again"
+                f"steps {first} to {step} were skipped, more in a row than optim.max_skipped "
+                f"({config.max_skipped}); step {step}: {what}. The weights are still those of step "
+                f"{first - 1}. Lower optim.learning_rate or set optim.clip_norm in a new run "
+                "folder, or raise optim.max_skipped and run again"
             )
+        say(f"step {step} was skipped: {what}")
 
 
 def describe(record: dict) -> str:
     return (
-        f"loss {record['loss']:.4f}  grad norm {record['grad_norm']:.2f}  "
-        f"lr {record['learning_rate']:.2e}  {record['tokens_per_s']:,.0f} tok/s  "
-        f"packing {record['packing']:.1%}"
+        f"loss {record.get('loss', math.nan):.4f}  grad norm "
+        f"{record.get('grad_norm', math.nan):.2f}  lr {record['learning_rate']:.2e}  "
+        f"{record['tokens_per_s']:,.0f} tok/s  packing {record['packing']:.1%}"
+        + (f"  skipped {record['skipped']}" if record["skipped"] else "")
     )
 
 
-def evaluate(eval_fn, params, heldout, put, log: metrics.MetricsLog, step: int) -> None:
-    """Held-out loss, whole and by language, over every held-out pair once."""
+def evaluate(eval_fn, params, heldout, put, log: metrics.MetricsLog, step: int) -> float | None:
+    """Held-out loss, whole and by language, over every held-out pair once; the whole is returned,
+    None where there is no held-out data."""
     sums: Counter[str] = Counter()
     tokens: Counter[str] = Counter()
     for batch, language in heldout.batches():
@@ -296,7 +344,7 @@ def evaluate(eval_fn, params, heldout, put, log: metrics.MetricsLog, step: int) 
             sums[name] += loss
             tokens[name] += count
     if not tokens:
-        return
+        return None
     whole = sums.total() / tokens.total()
     by_language = {name: sums[name] / tokens[name] for name in tokens}
     log.write(step, heldout_loss=whole, heldout_by_language=by_language)
@@ -305,6 +353,7 @@ def evaluate(eval_fn, params, heldout, put, log: metrics.MetricsLog, step: int) 
         f"step {step}  held-out loss {whole:.4f}  highest: "
         + ", ".join(f"{name} {loss:.3f}" for name, loss in worst)
     )
+    return whole
 
 
 def main(overrides: list[str]) -> None:

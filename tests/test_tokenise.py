@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 
 from llmzoo_jax import shards
 from llmzoo_jax import tokenise as tokenise_module
+from llmzoo_jax.byte_tokens import byte_lengths, byte_mask
 from llmzoo_jax.conversation import ConversationError, from_dict, render
 from llmzoo_jax.shards import encode_batch
 from llmzoo_jax.tokenise import tokenise, tokenise_all
-from llmzoo_jax.tokenizer import byte_lengths, byte_mask, encode, resolve_format
+from llmzoo_jax.tokenizer import encode, resolve_format
 from tests.test_data import CODEC, assert_equal, conversation, write
 from tests.test_tokenizer import words_tokenizer
 from tests.tiny_tokenizers import KINDS, TEXTS, tiny
