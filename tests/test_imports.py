@@ -49,6 +49,8 @@ MAY_IMPORT = {
     "llmzoo_jax.models.layers": {*BELOW_MODELS, *ATTENTION},
     "llmzoo_jax.models.bloom": FAMILY,
     "llmzoo_jax.models.llama": FAMILY,
+    "llmzoo_jax.program": set(),
+    "llmzoo_jax.targets": {"llmzoo_jax.errors"},
     "llmzoo_jax.step": {*MODELS, "llmzoo_jax.packing", "llmzoo_jax.optim"},
     "llmzoo_jax.hf": {*MODELS, "llmzoo_jax.hf_config"},
     "llmzoo_jax.hf_config": CORE,
