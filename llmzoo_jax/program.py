@@ -211,8 +211,9 @@ def _size(shape: str) -> int:
 # What moves nothing itself, or is counted by what runs inside.
 _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
-    "call", "async-start", "async-update", "async-done", "after-all", "iota", "partition-id", "replica-id",
-    "all-gather-done", "all-reduce-done", "collective-permute-done", "copy-done", "opt-barrier",
+    "call", "async-start", "async-update", "async-done", "after-all", "iota", "partition-id",
+    "replica-id", "all-gather-done", "all-reduce-done", "collective-permute-done", "copy-done",
+    "opt-barrier",
 }  # fmt: skip
 
 
