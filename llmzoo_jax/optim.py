@@ -9,6 +9,7 @@ import optax
 
 from llmzoo_jax.config import OptimConfig
 from llmzoo_jax.sharding import path_name
+from llmzoo_jax.spikes import skip_spikes
 
 
 def schedule(config: OptimConfig, total_steps: int) -> optax.Schedule:
@@ -42,4 +43,4 @@ def make_optimizer(config: OptimConfig, total_steps: int) -> optax.GradientTrans
         weight_decay=config.weight_decay,
         mask=decay_mask,
     )
-    return optax.chain(clip, adamw)
+    return skip_spikes(optax.chain(clip, adamw), config)

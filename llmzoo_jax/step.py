@@ -30,7 +30,10 @@ class Metrics(NamedTuple):
 
     loss: jax.Array  # mean over the loss tokens of the global batch
     loss_tokens: jax.Array
+    tokens: jax.Array  # those of conversations, the rest of the batch is padding
     grad_norm: jax.Array  # before clipping
+    skipped: jax.Array  # steps so far (spikes.py)
+    skipped_in_a_row: jax.Array  # the last ones; 0 where this one was taken
 
 
 def init_state(config: ModelConfig, tx: optax.GradientTransformation, mesh: Mesh, seed: int):
@@ -162,18 +165,28 @@ def train_step(
     accumulation: int,
 ) -> tuple[TrainState, Metrics]:
     loss, count, grads = loss_and_grads(state.params, batch, compute, accumulation)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params, value=loss)
     params = optax.apply_updates(state.params, updates)
-    metrics = Metrics(loss, count.astype(jnp.float32), optax.global_norm(grads))
+    metrics = Metrics(
+        loss=loss,
+        loss_tokens=count.astype(jnp.float32),
+        tokens=(batch.segment_ids > 0).sum().astype(jnp.float32),
+        grad_norm=optax.global_norm(grads),
+        skipped=opt_state.skipped.astype(jnp.float32),
+        skipped_in_a_row=opt_state.in_a_row.astype(jnp.float32),
+    )
     return TrainState(state.step + 1, params, opt_state), metrics
 
 
 def jit_train_step(tx, compute: ComputeConfig, accumulation: int, shardings: TrainState):
     """``step(state, batch) -> (state, metrics)``; the old state's buffers are reused."""
     step = functools.partial(train_step, tx=tx, compute=compute, accumulation=accumulation)
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    # Metrics are laid out as the number of the step is: every process has them.
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, shardings.step))
 
 
-def jit_eval_step(compute: ComputeConfig):
-    """``step(params, batch) -> float32 [B,T]``, the loss of every loss token."""
-    return jax.jit(lambda params, batch: token_losses(params, batch, compute)[0])
+def jit_eval_step(compute: ComputeConfig, everywhere: jax.sharding.Sharding | None = None):
+    """``step(params, batch) -> float32 [B,T]``, the loss of every loss token; ``everywhere``, if it
+    is given, is the replicated sharding in which every process has all of them."""
+    losses = lambda params, batch: token_losses(params, batch, compute)[0]  # noqa: E731
+    return jax.jit(losses, out_shardings=everywhere)

@@ -3,7 +3,8 @@
     python -m llmzoo_jax.train --config=configs/quickstart.py:phoenix
 
 Every key of the config can be set: ``--config.optim.learning_rate=1e-5``. The same command again
-resumes the run where its newest checkpoint is. Ctrl-C and SIGTERM save and stop.
+resumes the run where its newest checkpoint is. Ctrl-C and SIGTERM save and stop. ``launch/`` has
+scripts that start it on several hosts.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from llmzoo_jax import checkpoint, cli, hf, metrics, models, optim, sharding
+from llmzoo_jax import checkpoint, cli, distributed, hf, metrics, models, optim, sharding
 from llmzoo_jax import config as configs
 from llmzoo_jax import step as steps
 from llmzoo_jax.config import Config, ConfigError, ModelConfig
@@ -36,6 +37,24 @@ CONFIG = flags.DEFINE_string(
     "Config file, e.g. configs/quickstart.py:phoenix. Any key of it can be set as "
     "--config.KEY=VALUE.",
     required=True,
+)
+HARDWARE = flags.DEFINE_string(
+    "hardware",
+    "",
+    "What the config runs on, e.g. configs/hardware/tpu.py:v5e-256: mesh, memory, XLA's flags.",
+)
+COORDINATOR = flags.DEFINE_string(
+    "coordinator",
+    None,
+    "HOST:PORT of process 0, where there are several processes; auto: as JAX finds it on a TPU VM "
+    "or in Kubernetes. Not needed under Slurm's srun, Open MPI, or for TPU slices in Kubernetes. "
+    "$JAX_COORDINATOR_ADDRESS where it is not given.",
+)
+NUM_PROCESSES = flags.DEFINE_integer(
+    "num_processes", None, "How many, with --coordinator; or $JAX_NUM_PROCESSES."
+)
+PROCESS_ID = flags.DEFINE_integer(
+    "process_id", None, "Which one this is, with --coordinator; or $JAX_PROCESS_ID."
 )
 
 
@@ -54,24 +73,33 @@ def train(config: Config) -> None:
     B, T = config.data.batch_size, config.data.sequence_length
     batch_sharding = sharding.batch_sharding(mesh, (B, T))
     check_accumulation(config, mesh)
+    check_counts(config)
     compute = steps.resolve(config.compute, mesh)
-    checkpoint.claim(config, model_config)
+    distributed.in_turn(lambda: checkpoint.claim(config, model_config))
     report_config(config, model_config)
 
     encoding = {"tokenizer": tokenizer, "chat_format": chat_format}
-    data = train_data(config.data, **encoding, seed=config.seed)
-    heldout = heldout_batches(config.data, **encoding)
+    data, heldout = distributed.in_turn(
+        lambda: (
+            train_data(config.data, **encoding, seed=config.seed),
+            heldout_batches(config.data, **encoding),
+        )
+    )
+    rows = distributed.local_rows(batch_sharding, (B, T))
     say(data.report)
     if heldout.report:
         say(f"held out:\n{heldout.report}")
     total = config.optim.steps or math.ceil(config.optim.epochs * data.rows_per_epoch / B)
-    save_tokenizer(tokenizer, Path(config.run_dir) / "tokenizer", chat_format=chat_format)
+    if metrics.writes():
+        save_tokenizer(tokenizer, Path(config.run_dir) / "tokenizer", chat_format=chat_format)
 
     tx = optim.make_optimizer(config.optim, total)
     schedule = optim.schedule(config.optim, total)
     with (
         jax.set_mesh(mesh),
-        checkpoint.open_manager(config.run_dir, keep=config.keep_checkpoints) as manager,
+        checkpoint.open_manager(
+            config.run_dir, keep=config.keep_checkpoints, keep_best=config.keep_best
+        ) as manager,
     ):
         state = start_state(config, model_config, tx, mesh, manager)
         start = int(state.step)
@@ -79,57 +107,71 @@ def train(config: Config) -> None:
             say(f"{config.run_dir}: all {total} steps are done")
             return
         size = models.num_params(state.params)
-        say(f"{size:,} parameters on {mesh.size} device(s), steps {start + 1} to {total}")
+        say(f"{size:,} parameters, {sharding.describe(mesh)}, steps {start + 1} to {total}")
         step_fn = steps.jit_train_step(
             tx, compute, config.optim.accumulation, sharding.tree_shardings(state, mesh)
         )
-        eval_fn = steps.jit_eval_step(compute)
-        put = functools.partial(jax.device_put, device=batch_sharding)
+        eval_fn = steps.jit_eval_step(compute, state.step.sharding)
+        put = functools.partial(distributed.put, sharding=batch_sharding, shape=(B, T))
         log = metrics.MetricsLog(config.run_dir, start_step=start)
-        stop = StopSignal()
+        stop, agree = StopSignal(), distributed.agreement(mesh)
         since = time.monotonic()
-        step_fn = step_fn.lower(state, put(data.batch(start))).compile()
+        step_fn = step_fn.lower(state, put(data.batch(start, rows))).compile()
         say(f"compiled in {time.monotonic() - since:.1f} s")
-        pending, counts, since = [], Counter(), time.monotonic()
+        pending, asked, since = [], 0, time.monotonic()
+        batches = data.iterate(
+            start,
+            total,
+            rows,
+            workers=config.data.workers,
+            restarts=config.data.worker_restarts,
+            report=say,
+        )
         bar = tqdm(
-            data.iterate(start, total), initial=start, total=total, unit="step", disable=None
+            batches,
+            initial=start,
+            total=total,
+            unit="step",
+            disable=None if metrics.writes() else True,
         )
         for step, batch in enumerate(bar, start + 1):
+            agreed = agree(stop.asked)
             state, step_metrics = step_fn(state, put(batch))
             pending.append(step_metrics)
-            counts["tokens"] += int((batch.segment_ids > 0).sum())
-            counts["slots"] += B * T
-            last = step == total or bool(stop.asked)
+            asked = int(agreed)
+            last = step == total or asked > 0
             due_eval = step == total or (config.eval_every and step % config.eval_every == 0)
-            due_save = last or step % config.save_every == 0
+            due_save = last or step % config.save_every == 0 or (due_eval and config.keep_best)
             if last or due_eval or due_save or step % config.log_every == 0:
                 jax.block_until_ready(step_metrics)
-                record = summarise(pending, counts, time.monotonic() - since, step)
-                record["learning_rate"] = float(schedule(step - 1))
+                record = summarise(pending, B * T, time.monotonic() - since)
+                record["learning_rate"] = float(schedule(step - 1 - record["skipped"]))
                 log.write(step, **record)
+                check_skipped(pending, step, config.optim)
                 bar.set_postfix(
-                    loss=f"{record['loss']:.3f}", tok_s=f"{record['tokens_per_s']:,.0f}"
+                    loss=f"{record.get('loss', math.nan):.3f}",
+                    tok_s=f"{record['tokens_per_s']:,.0f}",
                 )
                 if bar.disable:
                     say(f"step {step}/{total}  " + describe(record))
-                pending, counts = [], Counter()
+                pending, heldout_loss = [], None
                 if due_eval:
-                    evaluate(eval_fn, state.params, heldout, put, log, step)
+                    heldout_loss = evaluate(eval_fn, state.params, heldout, put, log, step)
                     metrics.plot(config.run_dir, title=Path(config.run_dir).name)
                 if due_save:
-                    checkpoint.save(manager, state)
+                    checkpoint.save(manager, state, heldout_loss=heldout_loss)
                 since = time.monotonic()
             if last:
                 break
         bar.close()
+        batches.close()
         checkpoint.wait(manager)
         log.close()
         metrics.plot(config.run_dir, title=Path(config.run_dir).name)
-    if stop.asked and step < total:
-        say(
-            f"{stop.asked}: saved step {step} of {total} in {config.run_dir}; run it again to go on"
-        )
-        sys.exit(0 if stop.asked == "SIGTERM" else 130)
+    if asked and step < total:
+        name = signal.Signals(asked).name
+        say(f"{name}: saved step {step} of {total} in {config.run_dir}; run it again to go on")
+        sys.exit(0 if name == "SIGTERM" else 130)
     say(
         f"done: {config.run_dir}; export it with python -m llmzoo_jax.export --run={config.run_dir}"
     )
@@ -176,6 +218,21 @@ def check_accumulation(config: Config, mesh) -> None:
         )
 
 
+def check_counts(config: Config) -> None:
+    for key, value, least in (
+        ("keep_checkpoints", config.keep_checkpoints, 1),
+        ("keep_best", config.keep_best, 0),
+        ("data.workers", config.data.workers, 0),
+        ("data.worker_restarts", config.data.worker_restarts, 0),
+        ("optim.spike_window", config.optim.spike_window, 1),
+        ("optim.max_skipped", config.optim.max_skipped, 0),
+    ):
+        if value < least:
+            raise ConfigError(f"{key} must be {least} or more, not {value}")
+    if config.keep_best and not config.data.heldout:
+        raise ConfigError("keep_best chooses by the held-out loss; set data.heldout")
+
+
 def report_config(config: Config, model: ModelConfig) -> None:
     say(f"run {config.run_dir}: {model}")
     defaults = Config(run_dir="", tokenizer="", data=configs.DataConfig(train=()))
@@ -188,7 +245,7 @@ def start_state(config: Config, model_config: ModelConfig, tx, mesh, manager) ->
     """The newest checkpoint, else the weights of ``init_from``, else random ones: in this order."""
     if manager.latest_step() is not None:
         abstract = jax.eval_shape(lambda: steps.start_state(models.abstract(model_config), tx))
-        say(f"resuming {config.run_dir} at step {manager.latest_step()}")
+        say(f"resuming {config.run_dir}")
         return checkpoint.restore(manager, abstract, mesh)
     if not config.init_from:
         return steps.init_state(model_config, tx, mesh, config.seed)
@@ -202,7 +259,7 @@ def start_state(config: Config, model_config: ModelConfig, tx, mesh, manager) ->
     )
     say(f"reading {config.init_from}")
     params = hf.load_params(
-        config.init_from, model_config, place=lambda name, x: jax.device_put(x, by_name[name])
+        config.init_from, model_config, place=lambda name, x: distributed.place(x, by_name[name])
     )
     make = functools.partial(steps.start_state, tx=tx)
     out = sharding.tree_shardings(jax.eval_shape(make, params), mesh)
@@ -213,52 +270,71 @@ class StopSignal:
     """Remembers SIGTERM or the first Ctrl-C; a second Ctrl-C stops at once."""
 
     def __init__(self):
-        self.asked = ""
+        self.asked = 0  # the number of the signal
         signal.signal(signal.SIGTERM, self._ask)
         signal.signal(signal.SIGINT, self._ask)
 
     def _ask(self, number, frame):
-        self.asked = signal.Signals(number).name
+        self.asked = number
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        say(f"{self.asked}: saving after this step")
+        say(f"{signal.Signals(number).name}: saving after this step")
 
 
 # --- in the loop --------------------------------------------------------------------------------
 
 
-def summarise(pending: list[steps.Metrics], counts: Counter, seconds: float, step: int) -> dict:
-    """The metrics of the steps since the last line, means weighted by loss tokens."""
-    check_finite(pending, step)
-    loss, loss_tokens, grad_norm = np.array(jax.device_get(pending), np.float64).T
-    return {
-        "loss": float((loss * loss_tokens).sum() / max(loss_tokens.sum(), 1)),
-        "grad_norm": float(grad_norm[-1]),
-        "tokens_per_s": counts["tokens"] / seconds,
-        "loss_tokens_per_s": float(loss_tokens[-len(pending) :].sum()) / seconds,
-        "packing": counts["tokens"] / max(counts["slots"], 1),
+def summarise(pending: list[steps.Metrics], slots: int, seconds: float) -> dict:
+    """The metrics of the steps since the last line, means weighted by loss tokens; ``slots`` are
+    the positions of a batch. Skipped steps are counted and left out; where none is left, there is
+    no loss and no norm."""
+    pending = jax.device_get(pending)
+    taken = [one for one in pending if not one.skipped_in_a_row]
+    tokens = float(sum(one.tokens for one in pending))
+    record = {
+        "tokens_per_s": tokens / seconds,
+        "loss_tokens_per_s": float(sum(one.loss_tokens for one in taken)) / seconds,
+        "packing": tokens / (slots * len(pending)),
+        "skipped": int(pending[-1].skipped),
     }
+    if not taken:
+        return record
+    loss, loss_tokens = (np.array([one[i] for one in taken], np.float64) for i in (0, 1))
+    mean = float((loss * loss_tokens).sum() / max(loss_tokens.sum(), 1))
+    return {"loss": mean, "grad_norm": float(taken[-1].grad_norm), **record}
 
 
-def check_finite(pending: list[steps.Metrics], step: int) -> None:
-    for i, one in enumerate(jax.device_get(pending)):
-        if not np.isfinite(one.loss) or not np.isfinite(one.grad_norm):
-            bad = step - len(pending) + 1 + i
+def check_skipped(pending: list[steps.Metrics], last: int, config: configs.OptimConfig) -> None:
+    """Says which of the steps up to ``last`` were skipped. Raises TrainingError where there were
+    more in a row than may be."""
+    for step, one in enumerate(jax.device_get(pending), last - len(pending) + 1):
+        if not one.skipped_in_a_row:
+            continue
+        finite = np.isfinite(one.loss) and np.isfinite(one.grad_norm)
+        why = f"over {config.spike_factor} x the median" if finite else "not finite"
+        what = f"loss {one.loss:.4g}, gradient norm {one.grad_norm:.4g}: {why}"
+        if one.skipped_in_a_row > config.max_skipped:
+            first = step - int(one.skipped_in_a_row) + 1
             raise TrainingError(
-                f"step {bad}: loss {one.loss}, gradient norm {one.grad_norm}: not finite. No later "
-                "state was saved; lower optim.learning_rate or set optim.clip_norm, and run again"
+                f"steps {first} to {step} were skipped, more in a row than optim.max_skipped "
+                f"({config.max_skipped}); step {step}: {what}. The weights are still those of step "
+                f"{first - 1}. Lower optim.learning_rate or set optim.clip_norm in a new run "
+                "folder, or raise optim.max_skipped and run again"
             )
+        say(f"step {step} was skipped: {what}")
 
 
 def describe(record: dict) -> str:
     return (
-        f"loss {record['loss']:.4f}  grad norm {record['grad_norm']:.2f}  "
-        f"lr {record['learning_rate']:.2e}  {record['tokens_per_s']:,.0f} tok/s  "
-        f"packing {record['packing']:.1%}"
+        f"loss {record.get('loss', math.nan):.4f}  grad norm "
+        f"{record.get('grad_norm', math.nan):.2f}  lr {record['learning_rate']:.2e}  "
+        f"{record['tokens_per_s']:,.0f} tok/s  packing {record['packing']:.1%}"
+        + (f"  skipped {record['skipped']}" if record["skipped"] else "")
     )
 
 
-def evaluate(eval_fn, params, heldout, put, log: metrics.MetricsLog, step: int) -> None:
-    """Held-out loss, whole and by language, over every held-out pair once."""
+def evaluate(eval_fn, params, heldout, put, log: metrics.MetricsLog, step: int) -> float | None:
+    """Held-out loss, whole and by language, over every held-out pair once; the whole is returned,
+    None where there is no held-out data."""
     sums: Counter[str] = Counter()
     tokens: Counter[str] = Counter()
     for batch, language in heldout.batches():
@@ -268,7 +344,7 @@ def evaluate(eval_fn, params, heldout, put, log: metrics.MetricsLog, step: int) 
             sums[name] += loss
             tokens[name] += count
     if not tokens:
-        return
+        return None
     whole = sums.total() / tokens.total()
     by_language = {name: sums[name] / tokens[name] for name in tokens}
     log.write(step, heldout_loss=whole, heldout_by_language=by_language)
@@ -277,8 +353,17 @@ def evaluate(eval_fn, params, heldout, put, log: metrics.MetricsLog, step: int) 
         f"step {step}  held-out loss {whole:.4f}  highest: "
         + ", ".join(f"{name} {loss:.3f}" for name, loss in worst)
     )
+    return whole
+
+
+def main(overrides: list[str]) -> None:
+    place = COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value
+    config = configs.load(CONFIG.value, overrides, HARDWARE.value)
+    distributed.set_environment(config.hardware)  # before JAX starts a device
+    with distributed.joined(*place):
+        train(config)
 
 
 if __name__ == "__main__":
     argv, overrides = cli.split_overrides(sys.argv)
-    cli.run(lambda _: train(configs.load(CONFIG.value, overrides)), argv)
+    cli.run(lambda _: main(overrides), argv)
