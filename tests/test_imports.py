@@ -86,6 +86,8 @@ MAY_IMPORT = {
     "llmzoo_jax.step": {*MODELS, "llmzoo_jax.packing", "llmzoo_jax.optim", "llmzoo_jax.lora"},
     "llmzoo_jax.peft_format": {*MODELS, "llmzoo_jax.lora", "llmzoo_jax.hf"},
     "llmzoo_jax.summary": {*CORE, "llmzoo_jax.metrics", "llmzoo_jax.step"},
+    "llmzoo_jax.program": set(),
+    "llmzoo_jax.targets": {"llmzoo_jax.errors"},
     "llmzoo_jax.hf": {*MODELS, "llmzoo_jax.hf_config"},
     "llmzoo_jax.hf_config": CORE,
     "llmzoo_jax.generate": MODELS,
