@@ -10,6 +10,7 @@ allocated and no device is needed: ``v5e:16x16`` wants ``pip install 'jax[tpu]'`
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import re
 import sys
@@ -19,7 +20,7 @@ from typing import NamedTuple
 import jax
 from absl import flags
 
-from llmzoo_jax import cli, hf_config, models, optim, program, sharding, targets
+from llmzoo_jax import cli, hf_config, lora, models, optim, program, sharding, targets
 from llmzoo_jax import config as configs
 from llmzoo_jax import step as steps
 from llmzoo_jax.config import Config, ConfigError, ModelConfig
@@ -78,11 +79,11 @@ def plan(config: Config, target: Target) -> Plan | DoesNotFit:
     shape = config.data.batch_size, config.data.sequence_length
     batch_sharding = sharding.batch_sharding(mesh, shape)
     with jax.set_mesh(mesh):
-        state = jax.eval_shape(lambda: steps.start_state(models.abstract(model), tx))
+        state = abstract_state(config, model, tx)
         shardings = sharding.tree_shardings(state, mesh)
         args = placed(state, shardings), abstract_batch(shape, batch_sharding)
         compile_for = lambda compute: steps.jit_train_step(  # noqa: E731
-            tx, compute, config.optim.accumulation, shardings
+            tx, compute, config.optim.accumulation, shardings, seed=config.seed
         )
         since = time.monotonic()
         try:
@@ -99,7 +100,7 @@ def plan(config: Config, target: Target) -> Plan | DoesNotFit:
     return Plan(
         target=target.name,
         devices=mesh.size,
-        parameters=models.num_params(state.params),
+        parameters=models.num_params(models.abstract(model)),
         tokens=shape[0] * shape[1],
         compute=compute,
         compile_seconds=seconds,
@@ -111,6 +112,16 @@ def plan(config: Config, target: Target) -> Plan | DoesNotFit:
         flops=counted,
         traffic=program.count_traffic(compiled.as_text()),
     )
+
+
+def abstract_state(config: Config, model: ModelConfig, tx) -> steps.TrainState:
+    """The state of training, all parameters or adapters over a frozen base, as shapes."""
+    whole = models.abstract(model)
+    if config.lora is None:
+        return jax.eval_shape(lambda: steps.start_state(whole, tx))
+    adapters = lora.abstract(config.lora, model)
+    base = jax.eval_shape(functools.partial(lora.freeze, config=config.lora), whole)
+    return jax.eval_shape(lambda: steps.start_state(adapters, tx))._replace(base=base)
 
 
 def resolve_model(config: Config) -> ModelConfig:
