@@ -95,6 +95,9 @@ class ComputeConfig:
 
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters stay float32
     remat: Literal["none", "dots", "full"] = "dots"  # what the backward pass computes again
+    # How packed rows attend: "blocks" anywhere, "splash" on TPUs, "triton" on GPUs, all in memory
+    # that grows with T; "scores" holds T x T (the reference); "auto" = the fastest.
+    attention: Literal["auto", "blocks", "splash", "triton", "scores"] = "auto"
     loss_chunk: int = 0  # tokens of which logits are held at once; 0 = all of them
 
 
@@ -153,6 +156,17 @@ class MeshConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Hardware:
+    """What a target needs, beside its own keys of the config; a file of ``configs/hardware``."""
+
+    name: str = ""
+    settings: tuple[str, ...] = ()  # KEY=VALUE of the config; what the command line says wins
+    xla_flags: tuple[str, ...] = ()  # put before what XLA_FLAGS has
+    libtpu_flags: tuple[str, ...] = ()  # put before what LIBTPU_INIT_ARGS has
+    environment: tuple[str, ...] = ()  # NAME=VALUE, where NAME is not set
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """Everything a training run is. It is saved, resolved, in the run folder."""
 
@@ -165,6 +179,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    hardware: Hardware = field(default_factory=Hardware)
     seed: int = 0
     log_every: int = 10  # steps
     eval_every: int = 0  # steps; 0: once, at the end
@@ -176,37 +191,59 @@ class Config:
 # --- reading ------------------------------------------------------------------------------------
 
 
-def load(spec: str, overrides: typing.Sequence[str] = ()) -> Config:
-    """Reads ``FILE`` or ``FILE:arg`` and applies overrides such as ``optim.learning_rate=1e-5``.
+HARDWARE_KEYS = ("mesh.", "compute.", "optim.accumulation")  # what a hardware file may set
 
-    Raises ConfigError where the file is missing or broken, a key is unknown (with a suggestion),
-    or a value has the wrong type.
+
+def load(spec: str, overrides: typing.Sequence[str] = (), hardware: str = "") -> Config:
+    """Reads ``FILE`` or ``FILE:arg``, lays the settings of a ``hardware`` file over it, and applies
+    overrides such as ``optim.learning_rate=1e-5``.
+
+    Raises ConfigError where a file is missing or broken, a key is unknown (with a suggestion), or a
+    value has the wrong type.
     """
-    path, _, arg = spec.partition(":")
-    if not os.path.isfile(path):
-        near = difflib.get_close_matches(path, [str(p) for p in Path("configs").rglob("*.py")])
-        raise ConfigError(f"--config: no file {path!r}" + _did_you_mean(near))
-    module_spec = importlib.util.spec_from_file_location("llmzoo_jax_config_file", path)
-    module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        raise ConfigError(f"--config: {path} has no function get_config()")
-    try:
-        config = module.get_config(arg) if arg else module.get_config()
-    except TypeError as error:
-        raise ConfigError(f"--config={spec}: {error}; use --config={path}[:arg]") from error
-    except KeyError as error:
-        raise ConfigError(
-            f"--config={spec}: {path} knows no {error}; its docstring has the commands"
-        ) from error
-    if not isinstance(config, Config):
-        raise ConfigError(f"{path}: get_config() must return a Config, not {type(config).__name__}")
+    config = _call(spec, "--config", "get_config", Config)
+    if hardware:
+        target = _call(hardware, "--hardware", "get_hardware", Hardware)
+        config = dataclasses.replace(config, hardware=target)
+    for text in config.hardware.settings:
+        where = f"{hardware or spec}: {text}"
+        if not text.startswith(HARDWARE_KEYS):
+            raise ConfigError(f"{where}: a target may set {', '.join(HARDWARE_KEYS)} only")
+        try:
+            config = override(config, *text.split("=", 1))
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from error
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals:
             raise ConfigError(f"--config.{text}: write --config.{text}=VALUE")
         config = override(config, key, value)
     return config
+
+
+def _call(spec: str, flag: str, function: str, kind: type) -> Any:
+    """What ``function`` of the Python file ``FILE`` or ``FILE:arg`` returns."""
+    path, _, arg = spec.partition(":")
+    if not os.path.isfile(path):
+        near = difflib.get_close_matches(path, [str(p) for p in Path("configs").rglob("*.py")])
+        raise ConfigError(f"{flag}: no file {path!r}" + _did_you_mean(near))
+    module_spec = importlib.util.spec_from_file_location("llmzoo_jax_config_file", path)
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    if not hasattr(module, function):
+        raise ConfigError(f"{flag}: {path} has no function {function}()")
+    try:
+        result = getattr(module, function)(*([arg] if arg else []))
+    except TypeError as error:
+        raise ConfigError(f"{flag}={spec}: {error}; use {flag}={path}[:arg]") from error
+    except KeyError as error:
+        raise ConfigError(
+            f"{flag}={spec}: {path} knows no {error}; its docstring has the commands"
+        ) from error
+    if not isinstance(result, kind):
+        found = type(result).__name__
+        raise ConfigError(f"{path}: {function}() must return a {kind.__name__}, not {found}")
+    return result
 
 
 def override(config: Any, key: str, text: str, *, _prefix: str = "") -> Any:

@@ -24,6 +24,8 @@ from llmzoo_jax.tokenise import DataError, Records, tokenise_all
 from llmzoo_jax.workers import WorkerDied
 from llmzoo_jax.workers import batches as made_by_workers
 
+Rows = slice | np.ndarray  # rows of a global batch
+
 # --- records -> rows ----------------------------------------------------------------------------
 
 
@@ -135,7 +137,7 @@ class TrainData:
     parts: list[Part]
     picks: grain.MapDataset  # int64[2]: part, row of its plan
 
-    def batch(self, step: int, rows: slice = slice(None)) -> Batch:
+    def batch(self, step: int, rows: Rows = slice(None)) -> Batch:
         """The global batch of ``step`` (from 0), [B, T], or those ``rows`` of it."""
         if step < 0:
             raise ValueError(f"step must be 0 or more, not {step}")
@@ -145,7 +147,7 @@ class TrainData:
         self,
         start: int,
         stop: int,
-        rows: slice = slice(None),
+        rows: Rows = slice(None),
         *,
         workers: int = 0,
         restarts: int = 0,
@@ -191,7 +193,7 @@ class TrainData:
         share = self.batch_size // hosts
         return slice(host * share, (host + 1) * share)
 
-    def _batches(self, rows: slice) -> grain.MapDataset:
+    def _batches(self, rows: Rows) -> grain.MapDataset:
         return self.picks.batch(self.batch_size).map(lambda picks: self._fill(picks[rows]))
 
     def _fill(self, picks: np.ndarray) -> Batch:

@@ -1,4 +1,7 @@
-"""What a run writes for people: metrics.jsonl, TensorBoard, loss.png, lines on the console."""
+"""What a run writes for people: metrics.jsonl, TensorBoard, loss.png, lines on the console.
+
+Of several processes the first does all of it; the others call the same functions.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from tensorboardX import SummaryWriter
 from tensorboardX.record_writer import register_writer_factory
@@ -69,6 +73,11 @@ _PREFIX = "run"
 register_writer_factory(_PREFIX, _EventFiles())
 
 
+def writes() -> bool:
+    """Whether this process is the one that writes."""
+    return jax.process_index() == 0
+
+
 class MetricsLog:
     """Appends records ``{"step": ..., name: number}`` to metrics.jsonl and TensorBoard.
 
@@ -78,6 +87,8 @@ class MetricsLog:
 
     def __init__(self, run_dir: str | Path, *, start_step: int):
         self.path = Path(run_dir) / "metrics.jsonl"
+        if not writes():
+            return
         with _named(self.path):
             self._keep_up_to(start_step)
             self._file = self.path.open("ab", buffering=0)  # a failed write leaves nothing to flush
@@ -94,6 +105,8 @@ class MetricsLog:
         os.replace(part, self.path)
 
     def write(self, step: int, **values: Any) -> None:
+        if not writes():
+            return
         line = json.dumps({"step": step, **values}) + "\n"
         with _named(self.path):
             if self._file.write(line.encode()) < len(line.encode()):
@@ -105,6 +118,8 @@ class MetricsLog:
                 self._board.add_scalar(tag, number, step)
 
     def close(self) -> None:
+        if not writes():
+            return
         self._file.close()
         self._board.close()
 
@@ -120,7 +135,8 @@ def read(run_dir: str | Path) -> list[dict[str, Any]]:
 
 def say(text: str) -> None:
     """A line on the console, above a progress bar if there is one."""
-    tqdm.write(text)
+    if writes():
+        tqdm.write(text)
 
 
 def by_language(
@@ -136,6 +152,8 @@ def by_language(
 def plot(run_dir: str | Path, *, title: str) -> Path | None:
     """Draws loss.png from metrics.jsonl: training and held-out loss by step, and the newest
     held-out loss by language. None where there is nothing to draw yet."""
+    if not writes():
+        return None
     import matplotlib
 
     matplotlib.use("Agg")

@@ -26,9 +26,15 @@ from typing import Any
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
+from llmzoo_jax.byte_tokens import byte_lengths, byte_mask
 from llmzoo_jax.conversation import ChatFormat, Conversation, from_dict, in_languages, read_jsonl
 from llmzoo_jax.errors import InputError
-from llmzoo_jax.tokenizer import Example, checked_segments, encode, has_tokens
+from llmzoo_jax.tokenizer import (
+    Example,
+    checked_segments,
+    encode,
+    has_tokens,
+)
 
 BATCH = 64  # conversations that are encoded at once
 
@@ -139,6 +145,22 @@ def encode_batch(
         for item, at in zip(items, where, strict=True)
     ]
     texts = ["".join(segment.text for segment in segments) for segments in rendered]
+    lengths = byte_lengths(tokenizer, len(tokenizer))
+    if lengths is not None:  # then the tokenizer need not say where tokens begin and end
+        backend = tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        examples = []
+        coded = backend.encode_batch_fast(texts, add_special_tokens=False)
+        for item, at, segments, one in zip(items, where, rendered, coded, strict=True):
+            tokens = np.array(one.ids, np.int32)
+            mask = byte_mask(tokens, segments, lengths)
+            if mask is None:
+                example = encode(item, tokenizer=tokenizer, chat_format=chat_format, where=at)
+            else:
+                example = Example(tokens, mask)
+            examples.append(example)
+        return examples
     coded = tokenizer(
         texts,
         add_special_tokens=False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from jax.sharding import Mesh
 
 from llmzoo_jax import models
 from llmzoo_jax.config import ComputeConfig, ModelConfig
+from llmzoo_jax.models import attention
 from llmzoo_jax.packing import Batch
 from llmzoo_jax.sharding import tree_shardings
 
@@ -28,6 +30,7 @@ class Metrics(NamedTuple):
 
     loss: jax.Array  # mean over the loss tokens of the global batch
     loss_tokens: jax.Array
+    tokens: jax.Array  # those of conversations, the rest of the batch is padding
     grad_norm: jax.Array  # before clipping
     skipped: jax.Array  # steps so far (spikes.py)
     skipped_in_a_row: jax.Array  # the last ones; 0 where this one was taken
@@ -47,6 +50,13 @@ def start_state(params: nnx.Module, tx: optax.GradientTransformation) -> TrainSt
     return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
 
 
+def resolve(compute: ComputeConfig, mesh: Mesh) -> ComputeConfig:
+    """``compute`` for the devices of the mesh: what "auto" stands for there. Raises where they
+    can't do what it asks for."""
+    platform = mesh.devices.flat[0].platform
+    return dataclasses.replace(compute, attention=attention.choose(compute.attention, platform))
+
+
 def token_losses(
     model: nnx.Module, batch: Batch, compute: ComputeConfig
 ) -> tuple[jax.Array, jax.Array]:
@@ -58,6 +68,7 @@ def token_losses(
         batch.positions,
         dtype=jnp.dtype(compute.dtype),
         remat=compute.remat,
+        attention=compute.attention,
     )
 
     def cross_entropy(x, targets, mask):  # [...,D], [...], [...] -> float32 [...]
@@ -159,6 +170,7 @@ def train_step(
     metrics = Metrics(
         loss=loss,
         loss_tokens=count.astype(jnp.float32),
+        tokens=(batch.segment_ids > 0).sum().astype(jnp.float32),
         grad_norm=optax.global_norm(grads),
         skipped=opt_state.skipped.astype(jnp.float32),
         skipped_in_a_row=opt_state.in_a_row.astype(jnp.float32),
@@ -169,9 +181,12 @@ def train_step(
 def jit_train_step(tx, compute: ComputeConfig, accumulation: int, shardings: TrainState):
     """``step(state, batch) -> (state, metrics)``; the old state's buffers are reused."""
     step = functools.partial(train_step, tx=tx, compute=compute, accumulation=accumulation)
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    # Metrics are laid out as the number of the step is: every process has them.
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, shardings.step))
 
 
-def jit_eval_step(compute: ComputeConfig):
-    """``step(params, batch) -> float32 [B,T]``, the loss of every loss token."""
-    return jax.jit(lambda params, batch: token_losses(params, batch, compute)[0])
+def jit_eval_step(compute: ComputeConfig, everywhere: jax.sharding.Sharding | None = None):
+    """``step(params, batch) -> float32 [B,T]``, the loss of every loss token; ``everywhere``, if it
+    is given, is the replicated sharding in which every process has all of them."""
+    losses = lambda params, batch: token_losses(params, batch, compute)[0]  # noqa: E731
+    return jax.jit(losses, out_shardings=everywhere)

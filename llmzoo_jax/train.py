@@ -3,7 +3,8 @@
     python -m llmzoo_jax.train --config=configs/quickstart.py:phoenix
 
 Every key of the config can be set: ``--config.optim.learning_rate=1e-5``. The same command again
-resumes the run where its newest checkpoint is. Ctrl-C and SIGTERM save and stop.
+resumes the run where its newest checkpoint is. Ctrl-C and SIGTERM save and stop. ``launch/`` has
+scripts that start it on several hosts.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from llmzoo_jax import checkpoint, cli, hf, metrics, models, optim, sharding
+from llmzoo_jax import checkpoint, cli, distributed, hf, metrics, models, optim, sharding
 from llmzoo_jax import config as configs
 from llmzoo_jax import step as steps
 from llmzoo_jax.config import Config, ConfigError, ModelConfig
@@ -36,6 +37,24 @@ CONFIG = flags.DEFINE_string(
     "Config file, e.g. configs/quickstart.py:phoenix. Any key of it can be set as "
     "--config.KEY=VALUE.",
     required=True,
+)
+HARDWARE = flags.DEFINE_string(
+    "hardware",
+    "",
+    "What the config runs on, e.g. configs/hardware/tpu.py:v5e-256: mesh, memory, XLA's flags.",
+)
+COORDINATOR = flags.DEFINE_string(
+    "coordinator",
+    None,
+    "HOST:PORT of process 0, where there are several processes; auto: as JAX finds it on a TPU VM "
+    "or in Kubernetes. Not needed under Slurm's srun, Open MPI, or for TPU slices in Kubernetes. "
+    "$JAX_COORDINATOR_ADDRESS where it is not given.",
+)
+NUM_PROCESSES = flags.DEFINE_integer(
+    "num_processes", None, "How many, with --coordinator; or $JAX_NUM_PROCESSES."
+)
+PROCESS_ID = flags.DEFINE_integer(
+    "process_id", None, "Which one this is, with --coordinator; or $JAX_PROCESS_ID."
 )
 
 
@@ -55,17 +74,24 @@ def train(config: Config) -> None:
     batch_sharding = sharding.batch_sharding(mesh, (B, T))
     check_accumulation(config, mesh)
     check_counts(config)
-    checkpoint.claim(config, model_config)
+    compute = steps.resolve(config.compute, mesh)
+    distributed.in_turn(lambda: checkpoint.claim(config, model_config))
     report_config(config, model_config)
 
     encoding = {"tokenizer": tokenizer, "chat_format": chat_format}
-    data = train_data(config.data, **encoding, seed=config.seed)
-    heldout = heldout_batches(config.data, **encoding)
+    data, heldout = distributed.in_turn(
+        lambda: (
+            train_data(config.data, **encoding, seed=config.seed),
+            heldout_batches(config.data, **encoding),
+        )
+    )
+    rows = distributed.local_rows(batch_sharding, (B, T))
     say(data.report)
     if heldout.report:
         say(f"held out:\n{heldout.report}")
     total = config.optim.steps or math.ceil(config.optim.epochs * data.rows_per_epoch / B)
-    save_tokenizer(tokenizer, Path(config.run_dir) / "tokenizer", chat_format=chat_format)
+    if metrics.writes():
+        save_tokenizer(tokenizer, Path(config.run_dir) / "tokenizer", chat_format=chat_format)
 
     tx = optim.make_optimizer(config.optim, total)
     schedule = optim.schedule(config.optim, total)
@@ -82,36 +108,44 @@ def train(config: Config) -> None:
             say(f"{config.run_dir}: all {total} steps are done")
             return
         size = models.num_params(state.params)
-        say(f"{size:,} parameters on {mesh.size} device(s), steps {start + 1} to {total}")
+        say(f"{size:,} parameters, {sharding.describe(mesh)}, steps {start + 1} to {total}")
         step_fn = steps.jit_train_step(
-            tx, config.compute, config.optim.accumulation, sharding.tree_shardings(state, mesh)
+            tx, compute, config.optim.accumulation, sharding.tree_shardings(state, mesh)
         )
-        eval_fn = steps.jit_eval_step(config.compute)
-        put = functools.partial(jax.device_put, device=batch_sharding)
+        eval_fn = steps.jit_eval_step(compute, state.step.sharding)
+        put = functools.partial(distributed.put, sharding=batch_sharding, shape=(B, T))
         log = metrics.MetricsLog(config.run_dir, start_step=start)
+        agree = distributed.agreement(mesh)
         since = time.monotonic()
-        step_fn = step_fn.lower(state, put(data.batch(start))).compile()
+        step_fn = step_fn.lower(state, put(data.batch(start, rows))).compile()
         say(f"compiled in {time.monotonic() - since:.1f} s")
-        pending, counts, since = [], Counter(), time.monotonic()
+        pending, asked, since = [], 0, time.monotonic()
         batches = data.iterate(
             start,
             total,
+            rows,
             workers=config.data.workers,
             restarts=config.data.worker_restarts,
             report=say,
         )
-        bar = tqdm(batches, initial=start, total=total, unit="step", disable=None)
+        bar = tqdm(
+            batches,
+            initial=start,
+            total=total,
+            unit="step",
+            disable=None if metrics.writes() else True,
+        )
         for step, batch in enumerate(bar, start + 1):
+            agreed = agree(stop.asked)
             state, step_metrics = step_fn(state, put(batch))
             pending.append(step_metrics)
-            counts["tokens"] += int((batch.segment_ids > 0).sum())
-            counts["slots"] += B * T
-            last = step == total or bool(stop.asked)
+            asked = int(agreed)
+            last = step == total or asked > 0
             due_eval = step == total or (config.eval_every and step % config.eval_every == 0)
             due_save = last or step % config.save_every == 0 or (due_eval and config.keep_best)
             if last or due_eval or due_save or step % config.log_every == 0:
                 jax.block_until_ready(step_metrics)
-                record = summarise(pending, counts, time.monotonic() - since)
+                record = summarise(pending, B * T, time.monotonic() - since)
                 record["learning_rate"] = float(schedule(step - 1 - record["skipped"]))
                 log.write(step, **record)
                 check_skipped(pending, step, config.optim)
@@ -121,7 +155,7 @@ def train(config: Config) -> None:
                 )
                 if bar.disable:
                     say(f"step {step}/{total}  " + describe(record))
-                pending, counts, heldout_loss = [], Counter(), None
+                pending, heldout_loss = [], None
                 if due_eval:
                     heldout_loss = evaluate(eval_fn, state.params, heldout, put, log, step)
                     metrics.plot(config.run_dir, title=Path(config.run_dir).name)
@@ -135,11 +169,10 @@ def train(config: Config) -> None:
         checkpoint.wait(manager)
         log.close()
         metrics.plot(config.run_dir, title=Path(config.run_dir).name)
-    if stop.asked and step < total:
-        say(
-            f"{stop.asked}: saved step {step} of {total} in {config.run_dir}; run it again to go on"
-        )
-        sys.exit(0 if stop.asked == "SIGTERM" else 130)
+    if asked and step < total:
+        name = signal.Signals(asked).name
+        say(f"{name}: saved step {step} of {total} in {config.run_dir}; run it again to go on")
+        sys.exit(0 if name == "SIGTERM" else 130)
     say(
         f"done: {config.run_dir}; export it with python -m llmzoo_jax.export --run={config.run_dir}"
     )
@@ -227,7 +260,7 @@ def start_state(config: Config, model_config: ModelConfig, tx, mesh, manager) ->
     )
     say(f"reading {config.init_from}")
     params = hf.load_params(
-        config.init_from, model_config, place=lambda name, x: jax.device_put(x, by_name[name])
+        config.init_from, model_config, place=lambda name, x: distributed.place(x, by_name[name])
     )
     make = functools.partial(steps.start_state, tx=tx)
     out = sharding.tree_shardings(jax.eval_shape(make, params), mesh)
@@ -238,35 +271,37 @@ class StopSignal:
     """Remembers SIGTERM or the first Ctrl-C; a second Ctrl-C stops at once."""
 
     def __init__(self):
-        self.asked = ""
+        self.asked = 0  # the number of the signal
         signal.signal(signal.SIGTERM, self._ask)
         signal.signal(signal.SIGINT, self._ask)
 
     def _ask(self, number, frame):
-        self.asked = signal.Signals(number).name
+        self.asked = number
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        say(f"{self.asked}: saving after this step")
+        say(f"{signal.Signals(number).name}: saving after this step")
 
 
 # --- in the loop --------------------------------------------------------------------------------
 
 
-def summarise(pending: list[steps.Metrics], counts: Counter, seconds: float) -> dict:
-    """The metrics of the steps since the last line, means weighted by loss tokens. Skipped steps
-    are counted and left out; where none is left, there is no loss and no norm."""
+def summarise(pending: list[steps.Metrics], slots: int, seconds: float) -> dict:
+    """The metrics of the steps since the last line, means weighted by loss tokens; ``slots`` are
+    the positions of a batch. Skipped steps are counted and left out; where none is left, there is
+    no loss and no norm."""
     pending = jax.device_get(pending)
     taken = [one for one in pending if not one.skipped_in_a_row]
+    tokens = float(sum(one.tokens for one in pending))
     record = {
-        "tokens_per_s": counts["tokens"] / seconds,
+        "tokens_per_s": tokens / seconds,
         "loss_tokens_per_s": float(sum(one.loss_tokens for one in taken)) / seconds,
-        "packing": counts["tokens"] / max(counts["slots"], 1),
+        "packing": tokens / (slots * len(pending)),
         "skipped": int(pending[-1].skipped),
     }
     if not taken:
         return record
-    loss, loss_tokens, grad_norm, *_ = np.array(taken, np.float64).T
+    loss, loss_tokens = (np.array([one[i] for one in taken], np.float64) for i in (0, 1))
     mean = float((loss * loss_tokens).sum() / max(loss_tokens.sum(), 1))
-    return {"loss": mean, "grad_norm": float(grad_norm[-1]), **record}
+    return {"loss": mean, "grad_norm": float(taken[-1].grad_norm), **record}
 
 
 def check_skipped(pending: list[steps.Metrics], last: int, config: configs.OptimConfig) -> None:
@@ -322,6 +357,14 @@ def evaluate(eval_fn, params, heldout, put, log: metrics.MetricsLog, step: int) 
     return whole
 
 
+def main(overrides: list[str]) -> None:
+    place = COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value
+    config = configs.load(CONFIG.value, overrides, HARDWARE.value)
+    distributed.set_environment(config.hardware)  # before JAX starts a device
+    with distributed.joined(*place):
+        train(config)
+
+
 if __name__ == "__main__":
     argv, overrides = cli.split_overrides(sys.argv)
-    cli.run(lambda _: train(configs.load(CONFIG.value, overrides)), argv)
+    cli.run(lambda _: main(overrides), argv)

@@ -16,10 +16,20 @@ STANDARD = set(sys.stdlib_module_names)
 # What a module may import of the project, beside itself and its own folder. A name stands for
 # the modules below it too.
 CORE = {"llmzoo_jax.config", "llmzoo_jax.errors", "llmzoo_jax.cli"}
-TEXT = {"llmzoo_jax.conversation", "llmzoo_jax.chat_formats", "llmzoo_jax.tokenizer"}
+TEXT = {
+    "llmzoo_jax.conversation",
+    "llmzoo_jax.chat_formats",
+    "llmzoo_jax.byte_tokens",
+    "llmzoo_jax.tokenizer",
+}
 TOKENS = {"llmzoo_jax.packing", "llmzoo_jax.shards", "llmzoo_jax.tokenise"}
 BELOW_MODELS = {"llmzoo_jax.sharding", "llmzoo_jax.config", "llmzoo_jax.errors"}
-ATTENTION = {"llmzoo_jax.models.attention", "llmzoo_jax.models.packed_attention"}
+KERNELS = {
+    "llmzoo_jax.models.packed_attention",
+    "llmzoo_jax.models.splash",
+    "llmzoo_jax.models.triton_attention",
+}
+ATTENTION = {*KERNELS, "llmzoo_jax.models.attention"}
 FAMILY = {*BELOW_MODELS, *ATTENTION, "llmzoo_jax.models.layers"}
 MODELS = {*BELOW_MODELS, "llmzoo_jax.models"}
 MAY_IMPORT = {
@@ -29,6 +39,7 @@ MAY_IMPORT = {
     "llmzoo_jax.conversation": {"llmzoo_jax.errors", "llmzoo_jax.chat_formats"},
     "llmzoo_jax.chat_formats": {"llmzoo_jax.errors", "llmzoo_jax.conversation"},
     "llmzoo_jax.packing": {"llmzoo_jax.errors"},
+    "llmzoo_jax.byte_tokens": {"llmzoo_jax.conversation"},
     "llmzoo_jax.tokenizer": {*TEXT, "llmzoo_jax.errors", "llmzoo_jax.llama_tokenizer"},
     "llmzoo_jax.llama_tokenizer": {"llmzoo_jax.errors"},
     "llmzoo_jax.text_stream": {"llmzoo_jax.errors"},
@@ -43,12 +54,15 @@ MAY_IMPORT = {
         "llmzoo_jax.workers",
     },
     "llmzoo_jax.sharding": CORE,
+    "llmzoo_jax.distributed": CORE,
     "llmzoo_jax.spikes": CORE,
     "llmzoo_jax.workers": set(),
     "llmzoo_jax.optim": {*CORE, "llmzoo_jax.sharding", "llmzoo_jax.spikes"},
     "llmzoo_jax.models": MODELS,
     "llmzoo_jax.models.packed_attention": BELOW_MODELS,
-    "llmzoo_jax.models.attention": {*BELOW_MODELS, "llmzoo_jax.models.packed_attention"},
+    "llmzoo_jax.models.splash": {*BELOW_MODELS, "llmzoo_jax.models.packed_attention"},
+    "llmzoo_jax.models.triton_attention": {"llmzoo_jax.models.packed_attention"},
+    "llmzoo_jax.models.attention": {*BELOW_MODELS, *KERNELS},
     "llmzoo_jax.models.layers": {*BELOW_MODELS, *ATTENTION},
     "llmzoo_jax.models.bloom": FAMILY,
     "llmzoo_jax.models.llama": FAMILY,
@@ -57,12 +71,14 @@ MAY_IMPORT = {
     "llmzoo_jax.hf_config": CORE,
     "llmzoo_jax.generate": MODELS,
     "llmzoo_jax.manifest": set(),
+    "llmzoo_jax.retention": {"llmzoo_jax.manifest"},
     "llmzoo_jax.checkpoint": {
         *MODELS,
         "llmzoo_jax.step",
         "llmzoo_jax.optim",
         "llmzoo_jax.manifest",
         "llmzoo_jax.metrics",
+        "llmzoo_jax.retention",
     },
     "configs": {"llmzoo_jax.config"},
     "data_pipelines": {

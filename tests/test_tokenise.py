@@ -2,13 +2,15 @@
 
 import json
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmzoo_jax import shards
 from llmzoo_jax import tokenise as tokenise_module
-from llmzoo_jax.conversation import ConversationError, from_dict
+from llmzoo_jax.byte_tokens import byte_lengths, byte_mask
+from llmzoo_jax.conversation import ConversationError, from_dict, render
 from llmzoo_jax.shards import encode_batch
 from llmzoo_jax.tokenise import tokenise, tokenise_all
 from llmzoo_jax.tokenizer import encode, resolve_format
@@ -128,6 +130,26 @@ def test_a_batch_is_encoded_as_each_of_its_conversations(kind, name):
             assert_equal(example.__dict__.values(), expected.__dict__.values())
             assert example.tokens.dtype == expected.tokens.dtype
             assert example.loss_mask.dtype == expected.loss_mask.dtype
+
+    equal()
+
+
+@pytest.mark.parametrize("name", ["phoenix", "llama-2", "chatml", "alpaca"])
+def test_the_bytes_of_tokens_give_the_mask_that_their_characters_give(name):
+    tokenizer = tiny("bpe")
+    chat_format = resolve_format(name, tokenizer)
+    lengths = byte_lengths(tokenizer, len(tokenizer))
+    assert lengths is not None
+
+    @settings(max_examples=40, deadline=None)
+    @given(st.lists(TEXTS, min_size=2, max_size=6))
+    def equal(contents):
+        segments = render(chat(*contents[: len(contents) // 2 * 2]).messages, chat_format)
+        text = "".join(segment.text for segment in segments)
+        trained = "".join(("01"[segment.train]) * len(segment.text) for segment in segments)
+        coded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        by_characters = ["1" in trained[a:b] for a, b in coded.offset_mapping]
+        assert byte_mask(np.array(coded.input_ids), segments, lengths).tolist() == by_characters
 
     equal()
 
