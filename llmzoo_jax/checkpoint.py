@@ -251,7 +251,7 @@ def restore(manager: ocp.CheckpointManager, abstract: TrainState, mesh) -> Train
         for number, error in damaged.items():
             moved = _move_aside(manager, number)
             say(f"{error}\n  It was moved to {moved}; the run goes back to step {step}.")
-        say(f"resuming at step {step}")
+        say(f"resuming {manager.directory.parent} at step {step}")
         return jax.tree.unflatten(jax.tree.structure(abstract), [leaves[name] for name in target])
     lines = [f"  {error}" for error in damaged.values()]
     raise RunError(

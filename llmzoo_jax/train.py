@@ -246,7 +246,6 @@ def start_state(config: Config, model_config: ModelConfig, tx, mesh, manager) ->
     """The newest checkpoint, else the weights of ``init_from``, else random ones: in this order."""
     if manager.latest_step() is not None:
         abstract = jax.eval_shape(lambda: steps.start_state(models.abstract(model_config), tx))
-        say(f"resuming {config.run_dir}")
         return checkpoint.restore(manager, abstract, mesh)
     if not config.init_from:
         return steps.init_state(model_config, tx, mesh, config.seed)

@@ -193,7 +193,7 @@ def test_a_signal_at_any_moment_saves_and_the_run_goes_on(
     said = run(folder, tmp_path / "run", what=f"{number}-in-{moment}", code=code)
     assert f"{number}: saved step {at} of {STEPS}" in said
     assert steps_of(tmp_path / "run")[-1] == at
-    assert f"resuming at step {at}" in run(folder, tmp_path / "run")
+    assert f"resuming {tmp_path / 'run'} at step {at}" in run(folder, tmp_path / "run")
     assert_same(tmp_path / "run", undisturbed)
 
 
@@ -223,7 +223,7 @@ def test_a_disk_that_fills_up_in_a_save_leaves_the_checkpoint_before_it_whole(
     assert steps_of(run_dir) == [3]
     checkpoint.restore_params(run_dir, BLOOM)
     (run_dir / "filler").unlink()  # room is made
-    assert "resuming at step 3" in run(folder, run_dir)
+    assert f"resuming {run_dir} at step 3" in run(folder, run_dir)
     assert_same(run_dir, undisturbed)
 
 
@@ -262,7 +262,7 @@ def test_a_run_on_eight_devices_goes_on_on_one(folder, undisturbed, tmp_path):
     run(folder, tmp_path / "run", "--config.optim.accumulation=1", what="SIGTERM-in-save",
         devices=8)  # fmt: skip
     said = run(folder, tmp_path / "run", "--config.optim.accumulation=1")
-    assert "resuming at step 7" in said and "mesh replica=1, fsdp=1, tensor=1" in said
+    assert "at step 7" in said and "mesh replica=1, fsdp=1, tensor=1" in said
     ours, theirs = (
         [r["loss"] for r in records(path) if "loss" in r]
         for path in (tmp_path / "run", undisturbed)
