@@ -17,8 +17,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +27,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from llmzoo_jax import config as configs
-from llmzoo_jax import manifest, models
+from llmzoo_jax import manifest, models, retention
 from llmzoo_jax.config import Config, ModelConfig
 from llmzoo_jax.errors import InputError
 from llmzoo_jax.metrics import say
@@ -127,7 +126,7 @@ def open_manager(
 
     directory = Path(run_dir).resolve() / "checkpoints"
     options = ocp.CheckpointManagerOptions(
-        preservation_policy=Retention(directory, keep, keep_best),
+        preservation_policy=retention.Retention(directory, keep, keep_best),
         cleanup_tmp_directories=keep is not None,
         lightweight_initialize=True,
         create=True,
@@ -142,31 +141,6 @@ def open_manager(
         finally:
             with contextlib.suppress(Exception):  # raised above, or another one is on its way
                 manager.close()
-
-
-@dataclass(frozen=True)
-class Retention:
-    """Which checkpoints stay, as Orbax asks for it: the newest, and those of the lowest held-out
-    loss."""
-
-    directory: Path
-    newest: int | None  # None: all
-    best: int
-
-    def should_preserve(self, checkpoints, *, context) -> list[bool]:
-        steps = [info.step for info in checkpoints]  # ascending; the last is not written yet
-        losses = heldout_losses(self.directory, steps)
-        losses |= {info.step: info.metrics["heldout_loss"] for info in checkpoints if info.metrics}
-        newest = steps if self.newest is None else steps[-self.newest :]
-        best = sorted(losses, key=losses.get)[: self.best]
-        return [step in {*newest, *best} for step in steps]
-
-
-def heldout_losses(directory: Path, steps: Iterable[int]) -> dict[int, float]:
-    """The held-out loss of those checkpoints for which it was measured."""
-    manifests = {step: manifest.read(Path(directory) / str(step)) for step in steps}
-    losses = {step: made["heldout_loss"] for step, made in manifests.items() if made}
-    return {step: loss for step, loss in losses.items() if loss is not None}
 
 
 def save(
@@ -219,9 +193,9 @@ def find_step(run_dir: str | Path, step: Step) -> int:
     """The step of a finished checkpoint. Raises RunError, with those there are."""
     with open_manager(run_dir) as manager:
         steps = sorted(manager.all_steps())
-        losses = heldout_losses(manager.directory, steps)
     if not steps:
         raise RunError(f"{run_dir}: no finished checkpoint; train first")
+    losses = retention.heldout_losses(manager.directory, steps)
     if step == "latest":
         return steps[-1]
     if step == "best" and losses:
@@ -263,7 +237,7 @@ def restore(manager: ocp.CheckpointManager, abstract: TrainState, mesh) -> Train
         for number, error in damaged.items():
             moved = _move_aside(manager, number)
             say(f"{error}\n  It was moved to {moved}; the run goes back to step {step}.")
-        say(f"resuming at step {step}")
+        say(f"resuming {manager.directory.parent} at step {step}")
         return jax.tree.unflatten(jax.tree.structure(abstract), [leaves[name] for name in target])
     lines = [f"  {error}" for error in damaged.values()]
     raise RunError(

@@ -299,7 +299,6 @@ def start_state(config: Config, model_config: ModelConfig, tx, mesh, manager) ->
         return lora_run.start_state(config, model_config, tx, mesh, manager)
     if manager.latest_step() is not None:
         abstract = jax.eval_shape(lambda: steps.start_state(models.abstract(model_config), tx))
-        say(f"resuming {config.run_dir}")
         return checkpoint.restore(manager, abstract, mesh)
     if not config.init_from:
         return steps.init_state(model_config, tx, mesh, config.seed)

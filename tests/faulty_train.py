@@ -10,7 +10,6 @@ import signal
 import sys
 
 from llmzoo_jax import checkpoint, cli, metrics, train
-from llmzoo_jax import config as configs
 
 
 def before(module, name: str, do, *, call: int = 1) -> None:
@@ -59,4 +58,4 @@ WHAT = {
 if __name__ == "__main__":
     WHAT[sys.argv.pop(1)]()
     argv, overrides = cli.split_overrides(sys.argv)
-    cli.run(lambda _: train.train(configs.load(train.CONFIG.value, overrides)), argv)
+    cli.run(lambda _: train.main(overrides), argv)

@@ -178,9 +178,9 @@ def test_a_run_killed_at_random_ends_as_an_undisturbed_one(seed, folder, undistu
 @pytest.mark.parametrize(
     ("number", "moment", "code"),
     [
-        ("SIGTERM", "compile", 0),
         ("SIGINT", "evaluation", 130),
         ("SIGTERM", "save", 0),
+        pytest.param("SIGTERM", "compile", 0, marks=pytest.mark.slow),
         pytest.param("SIGINT", "compile", 130, marks=pytest.mark.slow),
         pytest.param("SIGTERM", "evaluation", 0, marks=pytest.mark.slow),
         pytest.param("SIGINT", "save", 130, marks=pytest.mark.slow),
@@ -193,7 +193,7 @@ def test_a_signal_at_any_moment_saves_and_the_run_goes_on(
     said = run(folder, tmp_path / "run", what=f"{number}-in-{moment}", code=code)
     assert f"{number}: saved step {at} of {STEPS}" in said
     assert steps_of(tmp_path / "run")[-1] == at
-    assert f"resuming at step {at}" in run(folder, tmp_path / "run")
+    assert f"resuming {tmp_path / 'run'} at step {at}" in run(folder, tmp_path / "run")
     assert_same(tmp_path / "run", undisturbed)
 
 
@@ -223,7 +223,7 @@ def test_a_disk_that_fills_up_in_a_save_leaves_the_checkpoint_before_it_whole(
     assert steps_of(run_dir) == [3]
     checkpoint.restore_params(run_dir, BLOOM)
     (run_dir / "filler").unlink()  # room is made
-    assert "resuming at step 3" in run(folder, run_dir)
+    assert f"resuming {run_dir} at step 3" in run(folder, run_dir)
     assert_same(run_dir, undisturbed)
 
 
@@ -257,11 +257,12 @@ def test_a_damaged_newest_checkpoint_is_moved_away_and_the_run_goes_back_to_the_
 # --- another mesh, dead workers, spikes ---------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_on_eight_devices_goes_on_on_one(folder, undisturbed, tmp_path):
     run(folder, tmp_path / "run", "--config.optim.accumulation=1", what="SIGTERM-in-save",
         devices=8)  # fmt: skip
     said = run(folder, tmp_path / "run", "--config.optim.accumulation=1")
-    assert "resuming at step 7" in said and "on 1 device(s)" in said
+    assert "at step 7" in said and "mesh replica=1, fsdp=1, tensor=1" in said
     ours, theirs = (
         [r["loss"] for r in records(path) if "loss" in r]
         for path in (tmp_path / "run", undisturbed)
@@ -282,6 +283,7 @@ def test_a_data_worker_that_is_killed_is_named_and_changes_nothing(folder, undis
     assert_same(tmp_path / "run", undisturbed)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_skips_the_spikes_that_an_undisturbed_one_skips(folder, tmp_path):
     strict = [f"--config.optim.{x}" for x in ("spike_factor=1", "spike_window=3", "max_skipped=99")]
     said = run(folder, tmp_path / "whole", *strict)

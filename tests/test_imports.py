@@ -92,12 +92,14 @@ MAY_IMPORT = {
     "llmzoo_jax.hf_config": CORE,
     "llmzoo_jax.generate": MODELS,
     "llmzoo_jax.manifest": set(),
+    "llmzoo_jax.retention": {"llmzoo_jax.manifest"},
     "llmzoo_jax.checkpoint": {
         *MODELS,
         "llmzoo_jax.step",
         "llmzoo_jax.optim",
         "llmzoo_jax.manifest",
         "llmzoo_jax.metrics",
+        "llmzoo_jax.retention",
     },
     "configs": {"llmzoo_jax.config"},
     "data_pipelines": {
