@@ -23,37 +23,27 @@ import time
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from data_pipelines import decontaminate, language, near_duplicates, spoilt_text
-from data_pipelines.build import clean, content_hash
+from data_pipelines import decontaminate, near_duplicates
+from data_pipelines.examine import (
+    CHECKS,
+    Examined,
+    Examiner,
+    Line,
+    Rules,
+    examine_all,
+    ngrams,
+    read_line,
+)
 from data_pipelines.sources import Dropped
 from llmzoo_jax import cli
-from llmzoo_jax.conversation import (
-    Conversation,
-    ConversationError,
-    Message,
-    from_dict,
-    write_jsonl,
-)
+from llmzoo_jax.conversation import Conversation, write_jsonl
 from llmzoo_jax.errors import InputError
-
-# What is said of one conversation alone; --allow takes these names.
-CHECKS = ("length", "lost character", "mojibake", "placeholder", "script", "language")
-
-
-@dataclass(frozen=True)
-class Rules:
-    min_chars: int = 2  # of all turns together
-    max_chars: int = 200_000
-    near: float = 0.8  # Jaccard index of character n-grams; 0: exact duplicates only
-    overlap: float = 0.8  # share of a question's n-grams in one turn
-    allow: frozenset[str] = frozenset()  # of CHECKS: these drop nothing
 
 
 @dataclass
@@ -72,65 +62,6 @@ class File:
         return os.path.basename(self.path)
 
 
-# --- one line -------------------------------------------------------------------------------------
-
-
-def read_line(raw: bytes, where: str) -> tuple[Conversation | None, Dropped | None]:
-    """The conversation of a line, mended by ``build.clean``, and what is said of the rest of it."""
-    try:
-        conversation = _conversation(json.loads(raw), where)
-    except ConversationError as error:
-        return None, Dropped(where, "malformed", str(error))
-    except ValueError as error:  # not UTF-8, or not JSON
-        return None, Dropped(where, "not JSON", str(error))
-    kept, note = clean(conversation)
-    return kept, note and replace(note, where=where)
-
-
-_STAND_IN = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
-
-
-def _conversation(record: Any, where: str) -> Conversation:
-    """As ``from_dict``, but empty turns and the order of roles are left to ``build.clean``."""
-    try:
-        return from_dict(record, where=where)
-    except ConversationError:
-        turns = record.get("messages") if isinstance(record, dict) else None
-        if not isinstance(turns, list) or not all(map(_is_turn, turns)):
-            raise
-    head = from_dict({**record, "messages": _STAND_IN}, where=where)
-    return replace(head, messages=tuple(Message(**turn) for turn in turns))
-
-
-def _is_turn(turn: Any) -> bool:
-    return (
-        isinstance(turn, dict)
-        and isinstance(turn.get("role"), str)
-        and isinstance(turn.get("content"), str)
-        and isinstance(turn.get("train"), bool | None)
-        and turn.keys() <= {"role", "content", "train"}
-    )
-
-
-def problems(conversation: Conversation, rules: Rules) -> Iterator[tuple[str, str]]:
-    """What speaks against a conversation, seen alone: (one of CHECKS, detail), ..."""
-    texts = [message.content for message in conversation.messages]
-    chars = sum(map(len, texts))
-    if not rules.min_chars <= chars <= rules.max_chars:
-        yield "length", f"{chars} characters, not {rules.min_chars} to {rules.max_chars}"
-    if lost := sum(text.count("\ufffd") for text in texts):
-        yield "lost character", f"{lost} times U+FFFD"
-    if detail := next(filter(None, map(spoilt_text.mojibake, texts)), ""):
-        yield "mojibake", detail
-    if detail := next(filter(None, map(spoilt_text.placeholder, texts)), ""):
-        yield "placeholder", detail
-    if not {"script", "language"} <= rules.allow:
-        # A system message or a tool's answer is often English where the conversation is not.
-        turns = [m.content for m in conversation.messages if m.role in ("user", "assistant")]
-        if wrong := language.mismatch(conversation.lang, turns):
-            yield wrong.reason, wrong.detail
-
-
 # --- all files ------------------------------------------------------------------------------------
 
 
@@ -146,25 +77,35 @@ class Signatures:
 
 
 def clean_files(
-    files: Sequence[File], out: str, rules: Rules, index: decontaminate.Index | None = None
+    files: Sequence[File],
+    out: str,
+    rules: Rules,
+    index: decontaminate.Index | None = None,
+    *,
+    workers: int = 1,
 ) -> None:
-    """Cleans ``files`` into the folder ``out`` and counts in them; held-out ones stand first."""
+    """Cleans ``files`` into the folder ``out`` and counts in them; held-out ones stand first.
+
+    ``workers`` processes look at the lines; what is written is the same for any number of them.
+    """
     drops: dict[tuple[int, int], Dropped] = {}  # (file, offset of the line) -> why
     seen: dict[bytes, str] = {}  # content hash -> where
     signatures = Signatures()
+    names, heldout = zip(*((file.name, file.heldout) for file in files), strict=True)
+    examiner = Examiner(names, heldout, rules, index)
     with _bar(files, "checking") as bar:
-        for number, file in enumerate(files):
-            for line, offset, raw in lines(file.path):
-                file.read += 1
-                where = f"{file.name}:{line}"
-                kept, drop = read_line(raw, where)
-                if kept:
-                    drop = judge(kept, where, rules, seen, None if file.heldout else index)
-                if drop:
-                    drops[number, offset] = drop
-                elif rules.near:
-                    remember(signatures, kept, rules, number, offset, line)
-                bar.update(len(raw))
+        for line, found in examine_all(_all_lines(files), examiner, workers=workers):
+            file, drop = files[line.file], found.drop
+            where = f"{file.name}:{line.number}"
+            file.read += 1
+            if not drop and found.digest in seen:
+                drop = Dropped(where, "duplicate", f"of {seen[found.digest]}")
+            if drop:
+                drops[line.file, line.offset] = drop
+            else:
+                seen[found.digest] = where
+                remember(signatures, line, found)
+            bar.update(len(line.raw))
     for number, offset, drop in near(signatures, files, rules):
         drops[number, offset] = drop
     os.makedirs(out, exist_ok=True)
@@ -181,59 +122,28 @@ def clean_files(
     os.replace(f"{path}.tmp", path)
 
 
-def lines(path: str) -> Iterator[tuple[int, int, bytes]]:
-    """Number, offset and bytes of each line that is not blank."""
+def remember(signatures: Signatures, line: Line, found: Examined) -> None:
+    if found.keys is None:  # punctuation or emoji alone, or near duplicates are not asked for
+        return
+    signatures.keys.frombytes(found.keys.tobytes())
+    signatures.sizes.append(found.size)
+    signatures.files.append(line.file)
+    signatures.offsets.append(line.offset)
+    signatures.lines.append(line.number)
+
+
+def _all_lines(files: Sequence[File]) -> Iterator[Line]:
+    for number, file in enumerate(files):
+        yield from _lines(file.path, number)
+
+
+def _lines(path: str, number: int) -> Iterator[Line]:
     offset = 0
     with open(path, "rb") as file:
-        for number, raw in enumerate(file, 1):
+        for line, raw in enumerate(file, 1):
             if raw.strip():
-                yield number, offset, raw
+                yield Line(number, line, offset, raw)
             offset += len(raw)
-
-
-def judge(
-    conversation: Conversation,
-    where: str,
-    rules: Rules,
-    seen: dict[bytes, str],
-    index: decontaminate.Index | None,
-) -> Dropped | None:
-    """Why a conversation is dropped, near duplicates aside; ``seen`` gains it if it is not."""
-    for reason, detail in problems(conversation, rules):
-        if reason not in rules.allow:
-            return Dropped(where, reason, detail)
-    for message in conversation.messages if index else ():
-        if found := decontaminate.find(index, message.content, rules.overlap):
-            return Dropped(where, "evaluation question", str(found))
-    digest = content_hash(conversation)
-    if digest in seen:
-        return Dropped(where, "duplicate", f"of {seen[digest]}")
-    seen[digest] = where
-    return None
-
-
-def _ngrams(conversation: Conversation) -> np.ndarray:
-    """Of what is said; a system message is often the same in a whole file."""
-    texts = [message.content for message in conversation.messages if message.role != "system"]
-    return near_duplicates.ngrams(near_duplicates.normalise("\n".join(texts)))
-
-
-def remember(
-    signatures: Signatures,
-    conversation: Conversation,
-    rules: Rules,
-    file: int,
-    offset: int,
-    line: int,
-) -> None:
-    hashes = _ngrams(conversation)
-    if not len(hashes):  # punctuation or emoji alone
-        return
-    signatures.keys.frombytes(near_duplicates.band_keys(hashes, rules.near).tobytes())
-    signatures.sizes.append(len(hashes))
-    signatures.files.append(file)
-    signatures.offsets.append(offset)
-    signatures.lines.append(line)
 
 
 def near(
@@ -248,7 +158,7 @@ def near(
         with open(files[signatures.files[text]].path, "rb") as file:
             file.seek(signatures.offsets[text])
             conversation, _ = read_line(file.readline(), "")
-        return _ngrams(conversation)
+        return ngrams(conversation)
 
     def where(text: int) -> str:
         return f"{files[signatures.files[text]].name}:{signatures.lines[text]}"
@@ -268,7 +178,7 @@ def near(
 
 def _sorted_out(file, number, drops, notes, bar) -> Iterator[Conversation]:
     """The conversations of a file that are kept; the others, and what was trimmed, go to notes."""
-    for line, offset, raw in lines(file.path):
+    for _, line, offset, raw in _lines(file.path, number):
         bar.update(len(raw))
         conversation, note = read_line(raw, f"{file.name}:{line}")
         drop = drops.get((number, offset))
@@ -342,7 +252,10 @@ def main(_: list[str]) -> None:
     files = find_files(args.data, args.heldout, args.out)
     rules = Rules(args.min_chars, args.max_chars, args.near, args.overlap, frozenset(args.allow))
     questions = [q for pattern in args.questions for q in decontaminate.read_questions(pattern)]
-    clean_files(files, args.out, rules, decontaminate.build_index(questions) if questions else None)
+    size = sum(os.path.getsize(file.path) for file in files)
+    workers = args.workers or min(os.cpu_count() or 1, size // (8 << 20))
+    index = decontaminate.build_index(questions) if questions else None
+    clean_files(files, args.out, rules, index, workers=workers)
     read = sum(file.read for file in files)
     seconds = time.monotonic() - start
     print(table(files))
@@ -367,4 +280,5 @@ if __name__ == "__main__":
     flags.DEFINE_integer("min_chars", Rules.min_chars, "fewest characters of a conversation")
     flags.DEFINE_integer("max_chars", Rules.max_chars, "most characters of a conversation")
     flags.DEFINE_multi_enum("allow", [], CHECKS, "a reason that shall drop nothing")
+    flags.DEFINE_integer("workers", 0, "processes; 0: one for each core, if there is much to do", 0)
     cli.run(main)

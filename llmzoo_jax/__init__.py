@@ -11,18 +11,24 @@ The rest is commands, such as ``python -m llmzoo_jax.train --help``.
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from llmzoo_jax.inference import Model
 
 
-def load(path: str | os.PathLike, *, dtype: str = "float32") -> Model:
-    """A model to use: of a Hugging Face folder, or of the newest checkpoint of a run folder.
+def load(
+    path: str | os.PathLike,
+    *,
+    dtype: str = "float32",
+    step: int | Literal["latest", "best"] = "latest",
+) -> Model:
+    """A model to use: of a Hugging Face folder, or of a checkpoint of a run folder.
 
-    ``dtype`` is "float32" or "bfloat16", of the weights and the activations. Raises InputError
-    where the folder is neither, or does not hold what it should.
+    ``dtype`` is "float32" or "bfloat16", of the weights and the activations. ``step`` chooses the
+    checkpoint of a run; "best" is that of the lowest held-out loss. Raises InputError where the
+    folder is neither, or does not hold what it should.
     """
     from llmzoo_jax.inference import load_model  # here: `import llmzoo_jax` stays without JAX
 
-    return load_model(path, dtype=dtype)
+    return load_model(path, dtype=dtype, step=step)

@@ -2,28 +2,37 @@
 
     run_dir/config.json         the resolved config
     run_dir/tokenizer/          the tokenizer with the chat template of the run
-    run_dir/checkpoints/STEP/   state (step, params, optimiser) and the position in the data
+    run_dir/checkpoints/STEP/   state (step, params, optimiser), its manifest, its held-out loss
+    run_dir/damaged/STEP/       checkpoints that could not be read, moved out of the way
 
 The position in the data is the step itself: the batch of a step depends on nothing else.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import itertools
 import json
+import math
 import os
 import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
+from jax.experimental import multihost_utils
 
 from llmzoo_jax import config as configs
-from llmzoo_jax import models
+from llmzoo_jax import manifest, models
 from llmzoo_jax.config import Config, ModelConfig
 from llmzoo_jax.errors import InputError
+from llmzoo_jax.metrics import say
 from llmzoo_jax.sharding import named_leaves, tree_shardings
 from llmzoo_jax.step import TrainState
 
@@ -34,17 +43,29 @@ FREE_KEYS = (
     "eval_every",
     "save_every",
     "keep_checkpoints",
+    "keep_best",
     "mesh.",
     "hardware.",
+    "optim.max_skipped",
     "compute.remat",
+    "compute.loss_chunk",
     "compute.peak_flops",
+    "optim.accumulation",
     "data.cache_dir",
+    "data.worker",
     "data.heldout",
 )
 
 
+Step = int | Literal["latest", "best"]  # a checkpoint of a run; best: by its held-out loss
+
+
 class RunError(InputError):
     """A run folder can't be used; the message names it and says what to do."""
+
+
+class DamagedError(RunError):
+    """A checkpoint is not what was saved."""
 
 
 # --- the folder ---------------------------------------------------------------------------------
@@ -108,24 +129,73 @@ def write_text(path: Path, text: str) -> None:
 # --- checkpoints --------------------------------------------------------------------------------
 
 
-def open_manager(run_dir: str | Path, *, keep: int | None = None) -> ocp.CheckpointManager:
-    """The checkpoints of a run. Saves go on in the background; an unfinished one never counts."""
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+def open_manager(
+    run_dir: str | Path, *, keep: int | None = None, keep_best: int = 0
+) -> ocp.CheckpointManager:
+    """The checkpoints of a run. Saves go on in the background; an unfinished one never counts.
+
+    ``keep`` newest ones stay, and the ``keep_best`` ones of the lowest held-out loss; all of them
+    where ``keep`` is None, as for a reader. With ``keep``, the folder is this process's own: what
+    a killed run has left half written is deleted.
+    """
+
+    directory = Path(run_dir).resolve() / "checkpoints"
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=Retention(directory, keep, keep_best),
+        cleanup_tmp_directories=keep is not None,
+        lightweight_initialize=True,
+        create=True,
+    )
     return ocp.CheckpointManager(
-        Path(run_dir).resolve() / "checkpoints",
-        options=options,
-        item_handlers=ocp.PyTreeCheckpointHandler(),
+        directory, options=options, item_handlers=ocp.PyTreeCheckpointHandler()
     )
 
 
-def save(manager: ocp.CheckpointManager, state: TrainState) -> None:
-    """Starts to save a state under its step. Raises RunError where the disk can't hold it."""
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints stay, as Orbax asks for it: the newest, and those of the lowest held-out
+    loss."""
+
+    directory: Path
+    newest: int | None  # None: all
+    best: int
+
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        steps = [info.step for info in checkpoints]  # ascending; the last is not written yet
+        losses = heldout_losses(self.directory, steps)
+        losses |= {info.step: info.metrics["heldout_loss"] for info in checkpoints if info.metrics}
+        newest = steps if self.newest is None else steps[-self.newest :]
+        best = sorted(losses, key=losses.get)[: self.best]
+        return [step in {*newest, *best} for step in steps]
+
+
+def heldout_losses(directory: Path, steps: Iterable[int]) -> dict[int, float]:
+    """The held-out loss of those checkpoints for which it was measured."""
+    manifests = {step: manifest.read(Path(directory) / str(step)) for step in steps}
+    losses = {step: made["heldout_loss"] for step, made in manifests.items() if made}
+    return {step: loss for step, loss in losses.items() if loss is not None}
+
+
+def save(
+    manager: ocp.CheckpointManager, state: TrainState, *, heldout_loss: float | None = None
+) -> None:
+    """Starts to save a state under its step. Returns when the state is copied to the host, so its
+    buffers may be donated. Raises RunError where the disk can't hold it, or an earlier save failed.
+    """
     step = int(state.step)
     leaves = _plain(state)
     size = sum(x.nbytes for x in leaves.values())
     check_space(manager.directory, size, f"the checkpoint of step {step}")
+    if heldout_loss is not None and not math.isfinite(heldout_loss):
+        heldout_loss = None
+    wait(manager)
     try:
-        manager.save(step, args=ocp.args.PyTreeSave(leaves))
+        manager.save(
+            step,
+            args=ocp.args.PyTreeSave(leaves),
+            metrics=None if heldout_loss is None else {"heldout_loss": heldout_loss},
+            custom_metadata=manifest.make(leaves, heldout_loss=heldout_loss),
+        )
     except OSError as error:
         raise RunError(f"{manager.directory}: can't save step {step}: {error}") from error
 
@@ -152,8 +222,32 @@ def check_space(folder: str | Path, size: int, what: str) -> None:
         )
 
 
+def find_step(run_dir: str | Path, step: Step) -> int:
+    """The step of a finished checkpoint. Raises RunError, with those there are."""
+    with open_manager(run_dir) as manager:
+        steps = sorted(manager.all_steps())
+        losses = heldout_losses(manager.directory, steps)
+    if not steps:
+        raise RunError(f"{run_dir}: no finished checkpoint; train first")
+    if step == "latest":
+        return steps[-1]
+    if step == "best" and losses:
+        return min(losses, key=losses.get)
+    if step in steps:
+        return step
+    known = ", ".join(f"{at} ({losses[at]:.4f})" if at in losses else str(at) for at in steps)
+    raise RunError(
+        f"{run_dir} has no checkpoint {step!r}; there are (with held-out loss, where it was "
+        f"measured at that step) {known}"
+    )
+
+
 def restore(manager: ocp.CheckpointManager, abstract: TrainState, mesh) -> TrainState:
-    """The newest state, laid out on ``mesh``, whatever mesh it was saved from."""
+    """The newest state that is whole, laid out on ``mesh``, whatever mesh it was saved from.
+
+    Newer ones that are damaged are moved to ``run_dir/damaged``, and it is said on the console.
+    Raises RunError where none is whole (and moves none), or the state is another model's.
+    """
     shardings = jax.tree.map(
         lambda sharding, tree: jax.tree.map(lambda _: sharding, tree),
         tree_shardings(abstract, mesh),
@@ -166,46 +260,134 @@ def restore(manager: ocp.CheckpointManager, abstract: TrainState, mesh) -> Train
             _plain(abstract).items(), jax.tree.leaves(shardings), strict=True
         )
     }
-    leaves = _restore(manager, target)
-    return jax.tree.unflatten(jax.tree.structure(abstract), [leaves[name] for name in target])
-
-
-def restore_params(run_dir: str | Path, config: ModelConfig) -> nnx.Module:
-    """The model of the newest checkpoint of a run, without its optimiser, on one device."""
-    abstract = models.abstract(config)
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    with open_manager(run_dir) as manager:
-        if manager.latest_step() is None:
-            raise RunError(f"{run_dir}: no finished checkpoint; train first")
-        saved = _saved_leaves(manager)
-        target = {
-            f"params.{name}": jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device)
-            for name, x in named_leaves(abstract).items()
-        }
-        others = {name: ocp.PLACEHOLDER for name in saved if not name.startswith("params.")}
-        leaves = _restore(manager, target | others)
-    return jax.tree.unflatten(jax.tree.structure(abstract), [leaves[name] for name in target])
-
-
-def _restore(manager: ocp.CheckpointManager, target: dict[str, Any]) -> dict[str, jax.Array]:
-    step, saved = manager.latest_step(), _saved_leaves(manager)
-    where = f"{manager.directory}/{step}"
-    for name in sorted(saved.keys() ^ target.keys()):
-        what = "misses" if name in target else "has an unexpected"
-        raise RunError(f"{where} {what} tensor {name}; was it saved by another version?")
-    for name, want in target.items():
-        if want is not ocp.PLACEHOLDER and tuple(saved[name].shape) != want.shape:
-            raise RunError(
-                f"{where}: tensor {name} has shape {saved[name].shape}, not {want.shape}"
-            )
-    restore_args = ocp.checkpoint_utils.construct_restore_args(target)
-    return manager.restore(
-        step, args=ocp.args.PyTreeRestore(item=target, restore_args=restore_args)
+    damaged: dict[int, DamagedError] = {}
+    for step in sorted(manager.all_steps(), reverse=True):
+        try:
+            leaves = _restore(manager, step, target)
+        except DamagedError as error:
+            damaged[step] = error
+            continue
+        for number, error in damaged.items():
+            moved = _move_aside(manager, number)
+            say(f"{error}\n  It was moved to {moved}; the run goes back to step {step}.")
+        say(f"resuming at step {step}")
+        return jax.tree.unflatten(jax.tree.structure(abstract), [leaves[name] for name in target])
+    lines = [f"  {error}" for error in damaged.values()]
+    raise RunError(
+        "\n".join([f"{manager.directory}: every checkpoint is damaged:", *lines])
+        + "\nRestore one from a copy, or set --config.run_dir to a new folder to start again."
     )
 
 
-def _saved_leaves(manager: ocp.CheckpointManager) -> dict[str, Any]:
-    return manager.item_metadata(manager.latest_step()).tree
+def restore_params(
+    run_dir: str | Path, config: ModelConfig, *, step: Step = "latest"
+) -> nnx.Module:
+    """The model of a checkpoint of a run, without its optimiser, on one device."""
+    abstract = models.abstract(config)
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    target = {
+        f"params.{name}": jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device)
+        for name, x in named_leaves(abstract).items()
+    }
+    step = find_step(run_dir, step)
+    with open_manager(run_dir) as manager:
+        leaves = _restore(manager, step, target, only="params.")
+    return jax.tree.unflatten(jax.tree.structure(abstract), [leaves[name] for name in target])
+
+
+def _restore(
+    manager: ocp.CheckpointManager, step: int, target: dict[str, Any], *, only: str = ""
+) -> dict[str, jax.Array]:
+    """The tensors of ``target``: all that were saved, or those that begin with ``only``.
+
+    Raises DamagedError where what is there is not what was saved, on every process if on one;
+    RunError where ``target`` is not what was saved.
+    """
+    where = f"{manager.directory}/{step}"
+    made = manifest.read(Path(where))
+    if not _everywhere(made is not None):
+        raise DamagedError(
+            f"{where} is damaged: its manifest, _CHECKPOINT_METADATA, is missing or was changed"
+        )
+    saved = made["tensors"]
+    for name in sorted({n for n in saved if n.startswith(only)} ^ target.keys()):
+        what = "misses" if name in target else "has an unexpected"
+        raise RunError(f"{where} {what} tensor {name}; was it saved by another version?")
+    for name, want in target.items():
+        shape = f"[{','.join(map(str, want.shape))}]"
+        if manifest.shape(saved[name]) != shape:
+            raise RunError(
+                f"{where}: tensor {name} has shape {manifest.shape(saved[name])}, not {shape}"
+            )
+    item = target | dict.fromkeys(saved.keys() - target.keys(), ocp.PLACEHOLDER)
+    args = ocp.args.PyTreeRestore(
+        item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item)
+    )
+    # Not manager.restore: it would wait for processes that have met an error here.
+    handler, folder = ocp.PyTreeCheckpointHandler(), manager.directory / str(step) / "default"
+    problem = ""
+    try:
+        with _reads_are_awaited():
+            leaves = handler.restore(folder, args=args)
+    except Exception as error:  # Orbax and TensorStore raise many types; all mean: can't be read
+        problem = (str(error).strip() or repr(error)).splitlines()[0][:200]
+    if not _everywhere(not problem):
+        raise DamagedError(f"{where} is damaged: it can't be read: {problem or 'elsewhere'}")
+    leaves = {name: leaves[name] for name in target}
+    if changed := manifest.changed(saved, leaves):
+        raise DamagedError(
+            f"{where} is damaged: {len(changed)} of {len(leaves)} tensors are not what was saved, "
+            f"{changed[0]} for one"
+        )
+    return leaves
+
+
+@contextlib.contextmanager
+def _reads_are_awaited():
+    """When one of many reads fails, Orbax closes its event loop under the others, each of which
+    then writes a traceback to the console. Here the loop waits for them before it closes."""
+
+    class Policy(asyncio.DefaultEventLoopPolicy):
+        def new_event_loop(self):
+            loop = super().new_event_loop()
+            close = loop.close
+
+            def await_and_close():
+                if tasks := asyncio.all_tasks(loop):
+                    loop.run_until_complete(asyncio.wait(tasks))
+                close()
+
+            loop.close = await_and_close
+            return loop
+
+    before = asyncio.get_event_loop_policy()
+    asyncio.set_event_loop_policy(Policy())
+    try:
+        yield
+    finally:
+        asyncio.set_event_loop_policy(before)
+
+
+def _everywhere(ok: bool) -> bool:
+    """Whether it is so on every process."""
+    if jax.process_count() == 1:
+        return ok
+    return bool(multihost_utils.process_allgather(np.array(ok)).all())
+
+
+def _move_aside(manager: ocp.CheckpointManager, step: int) -> Path:
+    """Moves a checkpoint out of the manager's sight, to ``run_dir/damaged``."""
+    source = Path(manager.directory) / str(step)
+    folder = source.parent.parent / "damaged"
+    names = itertools.chain([f"{step}"], (f"{step}-{n}" for n in itertools.count(2)))
+    to = next(folder / name for name in names if not (folder / name).exists())
+    _everywhere(True)  # all have looked
+    if jax.process_index() == 0:
+        folder.mkdir(exist_ok=True)
+        os.rename(source, to)
+    _everywhere(True)  # it is done
+    manager.reload()
+    return to
 
 
 def _plain(state: TrainState) -> dict[str, Any]:

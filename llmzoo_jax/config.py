@@ -95,6 +95,9 @@ class ComputeConfig:
 
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters stay float32
     remat: Literal["none", "dots", "full"] = "dots"  # what the backward pass computes again
+    # How packed rows attend: "blocks" anywhere, "splash" on TPUs, "triton" on GPUs, all in memory
+    # that grows with T; "scores" holds T x T (the reference); "auto" = the fastest.
+    attention: Literal["auto", "blocks", "splash", "triton", "scores"] = "auto"
     loss_chunk: int = 0  # tokens of which logits are held at once; 0 = all of them
     peak_flops: float = 0.0  # FLOP/s of a device, for MFU; 0 = of its kind (flops.PEAK_FLOPS)
 
@@ -116,6 +119,8 @@ class DataConfig:
     batch_size: int = 256  # B, rows of the global batch
     overlong: Literal["split", "truncate", "error"] = "split"  # conversations longer than a row
     cache_dir: str = "cache"  # tokenised records, keyed by content
+    workers: int = 0  # processes that make batches; 0: threads do
+    worker_restarts: int = 3  # after so many deaths of workers, threads go on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +145,11 @@ class OptimConfig:
     weight_decay: float = 0.0  # of matrices; norms and biases never decay
     clip_norm: float = 1.0  # 0 = no clipping
     accumulation: int = 1  # the batch is computed in this many parts
+    # A step is skipped where its loss or gradient is not finite, or its gradient norm is over
+    # spike_factor x the median of the last spike_window norms. It stays out of the schedule.
+    spike_factor: float = 0.0  # 0: no step is a spike
+    spike_window: int = 128
+    max_skipped: int = 10  # in a row; one more stops the run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,7 +191,8 @@ class Config:
     log_every: int = 10  # steps
     eval_every: int = 0  # steps; 0: once, at the end
     save_every: int = 500  # steps; the last step is always saved
-    keep_checkpoints: int = 3
+    keep_checkpoints: int = 3  # the newest ...
+    keep_best: int = 0  # ... and so many of the lowest held-out loss; then each evaluation is saved
 
 
 # --- reading ------------------------------------------------------------------------------------

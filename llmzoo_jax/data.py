@@ -9,18 +9,20 @@ worker processes share out what it gives; none of them changes it.
 from __future__ import annotations
 
 import bisect
+import functools
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import grain
 import numpy as np
-from absl import flags
 
 from llmzoo_jax.config import DataConfig, Source
 from llmzoo_jax.packing import Batch, PackingError, Plan, empty_rows, fill_rows, plan
 from llmzoo_jax.tokenise import DataError, Records, tokenise_all
+from llmzoo_jax.workers import WorkerDied
+from llmzoo_jax.workers import batches as made_by_workers
 
 Rows = slice | np.ndarray  # rows of a global batch
 
@@ -146,23 +148,36 @@ class TrainData:
         return self._batches(rows)[step]
 
     def iterate(
-        self, start: int, stop: int, rows: Rows = slice(None), workers: int = 0
+        self,
+        start: int,
+        stop: int,
+        rows: Rows = slice(None),
+        *,
+        workers: int = 0,
+        restarts: int = 0,
+        report: Callable[[str], None] = print,
     ) -> Iterator[Batch]:
         """``batch(start), .., batch(stop - 1)``, made ahead of time.
 
         That is done by threads or, where ``workers`` is not 0, by so many processes; the batches
-        are the same. Close an iteration that is left early.
+        are the same. Where a process dies, it is reported, and new ones go on with its batch; after
+        so many ``restarts``, threads do. Close an iteration that is left early.
         """
         if not 0 <= start <= stop:
             raise ValueError(f"need 0 <= start <= stop, not {start} and {stop}")
+        while workers and start < stop:
+            try:
+                for batch in made_by_workers(
+                    functools.partial(self.batch, rows=rows), start, stop, workers
+                ):
+                    yield batch
+                    start += 1
+            except WorkerDied as error:
+                workers = workers if restarts else 0
+                restarts -= 1
+                report(f"{error}; {'new workers' if workers else 'threads instead'} go on with it")
         options = grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)
-        batches = self._batches(rows)[start:stop].to_iter_dataset(options)
-        if workers := min(workers, stop - start):
-            if not flags.FLAGS.is_parsed():  # Grain 0.2.18 reads flags, whoever has parsed them
-                flags.FLAGS.mark_as_parsed()
-            # A process takes every so-manieth batch: they are whole before they are shared out.
-            batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
-        iterator = iter(batches)
+        iterator = iter(self._batches(rows)[start:stop].to_iter_dataset(options))
         try:
             yield from iterator
         finally:

@@ -13,7 +13,6 @@ import os
 import signal
 import sys
 import traceback
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -99,7 +98,7 @@ def start(coordinator: str | None, num_processes: int | None, process_id: int | 
             "all of them, with --coordinator=auto"
         )
     if jax.distributed.is_initialized():
-        # JAX's notice of a preemption takes SIGTERM; ``Agreement`` does that here, and for Ctrl-C.
+        # JAX's notice of a preemption takes SIGTERM; here ``agreement`` is for that, and Ctrl-C.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
@@ -205,28 +204,22 @@ def place(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
 
 # --- at the same step ---------------------------------------------------------------------------
 
-LAG = 2  # steps; the answer to what was asked then is there without waiting for the device
 
+def agreement(mesh: Mesh) -> Callable[[int], int | jax.Array]:
+    """A function that every process calls at every step with a number; its result, as an ``int``,
+    is the largest number of all: the same at the same step, whoever was asked to stop.
 
-class Agreement:
-    """Called by every process at every step with a number, gives the largest that any of them gave
-    ``LAG`` steps before: the same answer to all at the same step. One process gets its own.
-
-    It is a reduction on the devices beside the training step, so no host waits for another.
+    It is a reduction on the devices. Called before a step is begun and read after, it waits for the
+    step before, so no device idles, and a host is one step ahead at most. One process gets its own.
     """
+    if jax.process_count() == 1:
+        return lambda number: number
+    shape = (mesh.size,)
+    one_each = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    largest = jax.jit(lambda x: x.max(), out_shardings=NamedSharding(mesh, PartitionSpec()))
 
-    def __init__(self, mesh: Mesh):
-        self._alone = jax.process_count() == 1
-        self._size = mesh.size
-        self._sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-        everywhere = NamedSharding(mesh, PartitionSpec())
-        self._largest = jax.jit(lambda x: x.max(), out_shardings=everywhere)
-        self._answers: deque[jax.Array] = deque()
-
-    def __call__(self, number: int) -> int:
-        if self._alone:
-            return number
+    def agree(number: int) -> jax.Array:
         mine = np.array([number], np.int32)
-        asked = jax.make_array_from_callback((self._size,), self._sharding, lambda _: mine)
-        self._answers.append(self._largest(asked))
-        return int(self._answers.popleft()) if len(self._answers) > LAG else 0
+        return largest(jax.make_array_from_callback(shape, one_each, lambda _: mine))
+
+    return agree

@@ -1,11 +1,12 @@
-"""Exports the newest checkpoint of a run as a Hugging Face folder.
+"""Exports a checkpoint of a run as a Hugging Face folder.
 
     python -m llmzoo_jax.export --run=runs/quickstart-phoenix
+    python -m llmzoo_jax.export --run=runs/quickstart-phoenix --step=best
 
 The folder has safetensors with their index, config.json, generation_config.json, the tokenizer
 with its chat template, a model card with the figures of the run, and its loss plot; transformers
 and llmzoo_jax.load read it. It appears whole or not at all. The same command again replaces it by
-an export of the checkpoint that is then the newest.
+an export of the checkpoint that is then the newest, or the best one by its held-out loss.
 """
 
 from __future__ import annotations
@@ -45,11 +46,12 @@ def export(
     run: str | Path,
     out: str | Path | None = None,
     *,
+    step: checkpoint.Step = "latest",
     dtype: str = "float32",
     max_shard_size: str = "5GB",
     overwrite: bool = False,
 ) -> Path:
-    """Writes the newest checkpoint of the folder ``run`` to ``out`` (``run/export``); returns it.
+    """Writes a checkpoint of the folder ``run`` to ``out`` (``run/export``); returns it.
 
     Raises ExportError where ``out`` is something else than an earlier export (unless
     ``overwrite``) or can't be written, RunError where there is no checkpoint or no room.
@@ -65,12 +67,12 @@ def export(
     model_config = configs.model_from_dict(config["model"])
     size = models.num_params(models.abstract(model_config)) * (2 if dtype == "bfloat16" else 4)
     checkpoint.check_space(out.parent, size, f"the export of {run}")
-    step, model = _newest(run, model_config)
+    number, model = _read(run, model_config, step)
 
     part = out.with_name(f".{out.name}.{os.getpid()}.part")
     try:
         part.mkdir()
-        _write(part, run, config, model_config, model, step, dtype, limit)
+        _write(part, run, config, model_config, model, number, dtype, limit)
         _replace(part, out)
     except (OSError, SafetensorError) as error:
         raise ExportError(
@@ -114,15 +116,15 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _newest(run: Path, model_config) -> tuple[int, Any]:
-    """(step, model) of the newest checkpoint, also while training goes on and saves more."""
+def _read(run: Path, model_config, step: checkpoint.Step) -> tuple[int, Any]:
+    """(step, model) of a checkpoint, also while training goes on, saves more and deletes some."""
     while True:
-        with checkpoint.open_manager(run) as manager:
-            step = manager.latest_step()
-        model = checkpoint.restore_params(run, model_config)
-        with checkpoint.open_manager(run) as manager:
-            if manager.latest_step() == step:
-                return step, model
+        number = checkpoint.find_step(run, step)
+        try:
+            return number, checkpoint.restore_params(run, model_config, step=number)
+        except checkpoint.DamagedError:
+            if checkpoint.find_step(run, step) == number:
+                raise
 
 
 def _check_target(out: Path, run: Path, overwrite: bool) -> None:
@@ -175,6 +177,7 @@ def main(_) -> None:
     out = export(
         RUN.value,
         OUT.value,
+        step=int(STEP.value) if STEP.value.isdecimal() else STEP.value,
         dtype=DTYPE.value,
         max_shard_size=MAX_SHARD_SIZE.value,
         overwrite=OVERWRITE.value,
@@ -186,6 +189,11 @@ def main(_) -> None:
 if __name__ == "__main__":
     RUN = flags.DEFINE_string("run", None, "Run folder to export.", required=True)
     OUT = flags.DEFINE_string("out", None, "Folder to write; RUN/export where it is not given.")
+    STEP = flags.DEFINE_string(
+        "step",
+        "latest",
+        "Checkpoint: its step, latest, or best (of the lowest held-out loss; see keep_best).",
+    )
     DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the weights.")
     MAX_SHARD_SIZE = flags.DEFINE_string(
         "max_shard_size", "5GB", "Largest size of one safetensors file."

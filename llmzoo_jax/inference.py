@@ -271,7 +271,9 @@ def _token_id(tokenizer: Any, text: str) -> int | None:
 # --- loading ------------------------------------------------------------------------------------
 
 
-def load_model(path: str | Path, *, dtype: str = "float32") -> Model:
+def load_model(
+    path: str | Path, *, dtype: str = "float32", step: checkpoint.Step = "latest"
+) -> Model:
     """``llmzoo_jax.load``; see there."""
     path = Path(path)
     if dtype not in ("float32", "bfloat16"):
@@ -279,8 +281,13 @@ def load_model(path: str | Path, *, dtype: str = "float32") -> Model:
     if not (path / "config.json").is_file():
         what = "it has no config.json" if path.is_dir() else "no such folder"
         raise LoadError(f"{path}: {what}; give a Hugging Face folder or a run folder")
-    load = _from_run if is_run(path) else _from_hf
-    config, tokenizer, chat_format, params, more_stops = load(path, jnp.dtype(dtype))
+    if is_run(path):
+        loaded = _from_run(path, jnp.dtype(dtype), step)
+    elif step == "latest":
+        loaded = _from_hf(path, jnp.dtype(dtype))
+    else:
+        raise LoadError(f"{path}: step={step!r} is for a run folder; this is a Hugging Face folder")
+    config, tokenizer, chat_format, params, more_stops = loaded
     stops = stop_token_ids(tokenizer, chat_format) if tokenizer is not None else ()
     return Model(
         path=str(path),
@@ -297,12 +304,12 @@ def is_run(path: Path) -> bool:
     return "run_dir" in checkpoint.read_config(path)
 
 
-def _from_run(path: Path, dtype: jnp.dtype):
+def _from_run(path: Path, dtype: jnp.dtype, step: checkpoint.Step):
     run = checkpoint.read_config(path)
     config = configs.model_from_dict(run["model"])
     tokenizer = load_tokenizer(path / "tokenizer")
     chat_format = resolve_format(run["chat_format"], tokenizer)
-    params = checkpoint.restore_params(path, config)
+    params = checkpoint.restore_params(path, config, step=step)
     return config, tokenizer, chat_format, jax.tree.map(lambda x: x.astype(dtype), params), ()
 
 

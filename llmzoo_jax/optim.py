@@ -13,6 +13,7 @@ from flax import nnx
 from llmzoo_jax.config import ConfigError, OptimConfig
 from llmzoo_jax.moments import compressed, is_matrix
 from llmzoo_jax.sharding import named_leaves, path_name
+from llmzoo_jax.spikes import skip_spikes
 
 MUON_RMS = 0.2  # of an update of a matrix: AdamW's, so that one learning rate serves both
 FACTORED = 32  # Adafactor: matrices whose shorter side is less keep whole second moments
@@ -40,10 +41,11 @@ def decay_mask(params: Any) -> Any:
 
 
 def make_optimizer(config: OptimConfig, total_steps: int) -> optax.GradientTransformation:
-    """Clipping, then the optimiser of the config. Raises ConfigError where a key has no effect."""
+    """Clipping, then the optimiser of the config; steps that would do harm are skipped. Raises
+    ConfigError where a key has no effect."""
     check(config)
     direction = {"adamw": _adam, "adafactor": _adafactor, "lion": _lion, "muon": _muon}
-    return optax.chain(
+    tx = optax.chain(
         optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
         optax.chain(
             compressed(direction[config.optimizer](config), config.state_dtype),
@@ -51,6 +53,7 @@ def make_optimizer(config: OptimConfig, total_steps: int) -> optax.GradientTrans
             optax.scale_by_learning_rate(schedule(config, total_steps)),
         ),
     )
+    return skip_spikes(tx, config)
 
 
 def check(config: OptimConfig) -> None:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from llmzoo_jax.config import MeshConfig
@@ -42,7 +43,11 @@ class ShardingError(InputError):
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh over all devices; an axis of -1 takes those that the others leave."""
+    """A mesh over all devices; an axis of -1 takes those that the others leave.
+
+    Devices that are near each other are neighbours in the mesh: slices, which a slow network
+    joins, are parts of ``replica``, and of the next axis where replicas are fewer than slices.
+    """
     devices = jax.devices() if devices is None else list(devices)
     sizes = [getattr(config, axis) for axis in AXES]
     asked = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
@@ -53,7 +58,40 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         sizes[sizes.index(-1)] = len(devices) // fixed
     if math.prod(sizes) != len(devices):
         raise ShardingError(f"mesh ({asked}) does not fit {len(devices)} devices; set mesh.*")
-    return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    slices = {getattr(device, "slice_index", 0) for device in devices}
+    across, rest = [], len(slices)
+    for size in sizes:
+        across.append(math.gcd(size, rest))
+        rest //= across[-1]
+    if rest > 1:
+        raise ShardingError(
+            f"mesh ({asked}): {len(slices)} slices are not whole parts of its axes; set "
+            f"mesh.replica={len(slices)} or a multiple of it"
+        )
+    inside = [size // parts for size, parts in zip(sizes, across, strict=True)]
+    split = {"allow_split_physical_axes": True}
+    if len(slices) > 1:
+        grid = mesh_utils.create_hybrid_device_mesh(inside, across, devices, **split)
+    else:
+        grid = mesh_utils.create_device_mesh(inside, devices, **split)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def describe(mesh: Mesh) -> str:
+    """The mesh for the console, with the axes that slow networks are crossed for."""
+    sizes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+
+    def crossing(attribute: str) -> str:
+        where = np.vectorize(lambda device: getattr(device, attribute, 0))(mesh.devices)
+        count = len(np.unique(where))
+        axes = [name for i, name in enumerate(mesh.axis_names) if np.diff(where, axis=i).any()]
+        return f"; {count} {{}} along {', '.join(axes)}" if count > 1 else ""
+
+    return (
+        f"mesh {sizes}"
+        + crossing("process_index").format("processes")
+        + crossing("slice_index").format("slices")
+    )
 
 
 def spec(axes: Sequence[str | None], *, name: str = "array") -> PartitionSpec:
@@ -155,12 +193,14 @@ def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(axes, name="activation"))
 
 
-def per_device(function: Callable, *, inputs: Any, outputs: Any) -> Callable:
+def per_device(
+    function: Callable, *, inputs: Any, outputs: Any, undivided: Literal["whole", "error"]
+) -> Callable:
     """``function``, run by each device of the mesh (if one is set) on its own part.
 
     ``inputs`` and ``outputs`` are pytrees of logical axes, as ``function`` takes and gives arrays.
-    Where a mesh axis does not divide an array, everything is computed as one, which the compiler
-    splits as it can.
+    Where a mesh axis does not divide an array, ``undivided`` says: everything is computed as one,
+    which the compiler splits as it can, or a ShardingError (the compiler can't split a kernel).
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
@@ -172,15 +212,22 @@ def per_device(function: Callable, *, inputs: Any, outputs: Any) -> Callable:
     def specs(axes):
         return jax.tree.map(lambda a: spec(a, name="activation"), axes, is_leaf=is_axes)
 
-    def divides(axes, x):
-        return all(
-            size % _ways(part, mesh) == 0
-            for size, part in zip(x.shape, spec(axes, name="activation"), strict=True)
-        )
+    def indivisible(axes, x) -> str:
+        for size, axis, part in zip(x.shape, axes, spec(axes, name="activation"), strict=True):
+            if size % _ways(part, mesh):
+                where = "*".join(_mesh_axes(part))
+                return f"{axis!r} of size {size} by {_ways(part, mesh)}, the mesh axis {where}"
+        return ""
 
     def run(*args):
-        if not all(jax.tree.leaves(jax.tree.map(divides, inputs, args, is_leaf=is_axes))):
+        reasons = jax.tree.leaves(jax.tree.map(indivisible, inputs, args, is_leaf=is_axes))
+        if any(reasons) and undivided == "whole":
             return function(*args)
+        if any(reasons):
+            raise ShardingError(
+                f"the attention kernel can't split {next(filter(None, reasons))}; choose another "
+                "mesh.* or batch, or compute.attention=blocks"
+            )
         return jax.shard_map(
             function, in_specs=specs(inputs), out_specs=specs(outputs), check_vma=False
         )(*args)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from jax.sharding import Mesh
 
 from llmzoo_jax import models
 from llmzoo_jax.config import ComputeConfig, ModelConfig
+from llmzoo_jax.models import attention
 from llmzoo_jax.packing import Batch
 from llmzoo_jax.sharding import tree_shardings
 
@@ -31,6 +33,8 @@ class Metrics(NamedTuple):
     tokens: jax.Array  # those of conversations, the rest of the batch is padding
     pairs: jax.Array  # of a token and a key that it sees
     grad_norm: jax.Array  # before clipping
+    skipped: jax.Array  # steps so far (spikes.py)
+    skipped_in_a_row: jax.Array  # the last ones; 0 where this one was taken
     by_language: jax.Array | None = None  # [languages, 2]: sum of losses, loss tokens
 
 
@@ -48,6 +52,13 @@ def start_state(params: nnx.Module, tx: optax.GradientTransformation) -> TrainSt
     return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
 
 
+def resolve(compute: ComputeConfig, mesh: Mesh) -> ComputeConfig:
+    """``compute`` for the devices of the mesh: what "auto" stands for there. Raises where they
+    can't do what it asks for."""
+    platform = mesh.devices.flat[0].platform
+    return dataclasses.replace(compute, attention=attention.choose(compute.attention, platform))
+
+
 def token_losses(model: nnx.Module, batch: Batch, compute: ComputeConfig) -> jax.Array:
     """Cross-entropy of every target in float32 ``[B,T]``, 0 where it is not a loss token."""
     hidden, _ = model.hidden(
@@ -56,6 +67,7 @@ def token_losses(model: nnx.Module, batch: Batch, compute: ComputeConfig) -> jax
         batch.positions,
         dtype=jnp.dtype(compute.dtype),
         remat=compute.remat,
+        attention=compute.attention,
     )
 
     def cross_entropy(x, targets, mask):  # [...,D], [...], [...] -> float32 [...]
@@ -166,7 +178,7 @@ def train_step(
 ) -> tuple[TrainState, Metrics]:
     """``language`` is the number of the language of each position, below ``languages``."""
     loss, losses, grads = loss_and_grads(state.params, batch, compute, accumulation)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params, value=loss)
     params = optax.apply_updates(state.params, updates)
     real = batch.segment_ids > 0
     metrics = Metrics(
@@ -175,6 +187,8 @@ def train_step(
         tokens=real.sum().astype(jnp.float32),
         pairs=jnp.where(real, batch.positions + 1, 0).astype(jnp.float32).sum(),
         grad_norm=optax.global_norm(grads),
+        skipped=opt_state.skipped.astype(jnp.float32),
+        skipped_in_a_row=opt_state.in_a_row.astype(jnp.float32),
         by_language=None
         if language is None
         else loss_by_language(losses, batch.loss_mask, language, languages),

@@ -2,7 +2,7 @@
 
 The rendered text of a conversation is tokenised once, with ``add_special_tokens=False``: what a
 tokenizer would add (LLaMA's BOS) is in the text of the resolved format. The loss mask comes from
-the character spans of the tokens, never from their ids.
+the text that each token stands for, in bytes or characters, never from special ids.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from llmzoo_jax.byte_tokens import byte_lengths, byte_mask
 from llmzoo_jax.conversation import (
     FORMATS,
     ChatFormat,
@@ -250,6 +251,9 @@ def encode(
     check_messages(conversation.messages, where=where)
     segments = checked_segments(conversation.messages, tokenizer, chat_format, where, False)
     tokens, spans = _tokenize(segments, conversation.messages, tokenizer, where)
+    mask = byte_mask(tokens, segments, byte_lengths(tokenizer, len(tokenizer)))
+    if mask is not None:
+        return Example(tokens, mask)
     lengths = [len(segment.text) for segment in segments]
     trained = np.repeat([segment.train for segment in segments], lengths)
     before = np.concatenate([[0], np.cumsum(trained)])  # trained characters before each position
@@ -327,7 +331,7 @@ def fingerprint(tokenizer: Any, chat_format: ChatFormat) -> str:
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     state.pop("truncation", None)  # a call sets these two, and `encode` uses neither
     state.pop("padding", None)
-    version = 1  # of `encode`: another one makes other tokens or masks of the same text
+    version = 2  # of `encode`: another one makes other tokens or masks of the same text
     parts = [version, state, dataclasses.asdict(chat_format)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 

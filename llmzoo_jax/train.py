@@ -14,11 +14,9 @@ import math
 import signal
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 
 import jax
-import numpy as np
 from absl import flags
 from tqdm import tqdm
 
@@ -31,6 +29,7 @@ from llmzoo_jax import (
     metrics,
     models,
     optim,
+    progress,
     run_page,
     sharding,
 )
@@ -38,7 +37,6 @@ from llmzoo_jax import config as configs
 from llmzoo_jax import step as steps
 from llmzoo_jax.config import Config, ConfigError, ModelConfig
 from llmzoo_jax.data import heldout_batches, train_data
-from llmzoo_jax.errors import InputError
 from llmzoo_jax.goodput import TimeLog
 from llmzoo_jax.metrics import say
 from llmzoo_jax.moments import state_bytes
@@ -75,10 +73,6 @@ PROFILE = flags.DEFINE_string(
 )
 
 
-class TrainingError(InputError):
-    """Training can't go on; the message says at which step and what to do."""
-
-
 def train(config: Config, *, profile: str = "") -> None:
     """Runs training from the newest checkpoint of ``config.run_dir``, or from the start.
 
@@ -92,6 +86,8 @@ def train(config: Config, *, profile: str = "") -> None:
     B, T = config.data.batch_size, config.data.sequence_length
     batch_sharding = sharding.batch_sharding(mesh, (B, T))
     check_accumulation(config, mesh)
+    check_counts(config)
+    compute = steps.resolve(config.compute, mesh)
     distributed.in_turn(lambda: checkpoint.claim(config, model_config))
     report_config(config, model_config)
     clock = TimeLog(config.run_dir, writes=metrics.writes())
@@ -116,7 +112,9 @@ def train(config: Config, *, profile: str = "") -> None:
     schedule = optim.schedule(config.optim, total)
     with (
         jax.set_mesh(mesh),
-        checkpoint.open_manager(config.run_dir, keep=config.keep_checkpoints) as manager,
+        checkpoint.open_manager(
+            config.run_dir, keep=config.keep_checkpoints, keep_best=config.keep_best
+        ) as manager,
     ):
         state = start_state(config, model_config, tx, mesh, manager)
         start = int(state.step)
@@ -124,17 +122,17 @@ def train(config: Config, *, profile: str = "") -> None:
             say(f"{config.run_dir}: all {total} steps are done")
             return
         size = models.num_params(state.params)
-        say(f"{size:,} parameters on {mesh.size} device(s), steps {start + 1} to {total}")
+        say(f"{size:,} parameters, {sharding.describe(mesh)}, steps {start + 1} to {total}")
         kept = state_bytes(state.opt_state)
         say(f"the state of {config.optim.optimizer} takes {kept / 1e6:,.1f} MB")
         step_fn = steps.jit_train_step(
             tx,
-            config.compute,
+            compute,
             config.optim.accumulation,
             sharding.tree_shardings(state, mesh),
             languages=len(data.languages),
         )
-        eval_fn = steps.jit_eval_step(config.compute, state.step.sharding)
+        eval_fn = steps.jit_eval_step(compute, state.step.sharding)
         put = functools.partial(distributed.put, sharding=batch_sharding, shape=(B, T))
         log = metrics.MetricsLog(config.run_dir, start_step=start)
         utilisation = flops.Utilisation(model_config, config.compute, mesh)
@@ -144,50 +142,64 @@ def train(config: Config, *, profile: str = "") -> None:
         def put_batch(step: int, batch):
             return put(batch), put(data.language(step, batch, rows))
 
-        stop, agree = StopSignal(), distributed.Agreement(mesh)
+        stop, agree = StopSignal(), distributed.agreement(mesh)
         since = time.monotonic()
         step_fn = step_fn.lower(state, *put_batch(start, data.batch(start, rows))).compile()
         say(f"compiled in {time.monotonic() - since:.1f} s")
         pending, asked, since = [], 0, time.monotonic()
+        batches = data.iterate(
+            start,
+            total,
+            rows,
+            workers=config.data.workers,
+            restarts=config.data.worker_restarts,
+            report=say,
+        )
         bar = tqdm(
-            data.iterate(start, total, rows),
+            batches,
             initial=start,
             total=total,
             unit="step",
             disable=None if metrics.writes() else True,
         )
         for step, batch in enumerate(bar, start + 1):
+            agreed = agree(stop.asked)
             state, step_metrics = trace.run(step, step_fn, state, *put_batch(step - 1, batch))
             pending.append(step_metrics)
-            asked = agree(stop.asked)
+            asked = int(agreed)
             last = step == total or asked > 0
             due_eval = step == total or (config.eval_every and step % config.eval_every == 0)
-            due_save = last or step % config.save_every == 0
+            due_save = last or step % config.save_every == 0 or (due_eval and config.keep_best)
             if last or due_eval or due_save or step % config.log_every == 0:
                 jax.block_until_ready(step_metrics)
                 seconds, pending = time.monotonic() - since, jax.device_get(pending)
-                record = summarise(pending, B * T, seconds, step, data.languages)
                 clock.spent("steps", step, seconds)
-                record["learning_rate"] = float(schedule(step - 1))
+                record = progress.summarise(pending, B * T, seconds, data.languages)
+                record["learning_rate"] = float(schedule(step - 1 - record["skipped"]))
                 record |= utilisation(pending, seconds) | {"goodput": clock.share()}
                 log.write(step, **record)
+                progress.check_skipped(pending, step, config.optim)
                 bar.set_postfix(
-                    loss=f"{record['loss']:.3f}", tok_s=f"{record['tokens_per_s']:,.0f}"
+                    loss=f"{record.get('loss', math.nan):.3f}",
+                    tok_s=f"{record['tokens_per_s']:,.0f}",
                 )
                 if bar.disable:
-                    say(f"step {step}/{total}  " + describe(record))
-                pending = []
+                    say(f"step {step}/{total}  " + progress.describe(record))
+                pending, heldout_loss = [], None
                 if due_eval:
                     with clock.timed("evaluate", step):
-                        evaluate(eval_fn, state.params, heldout, put, log, step)
+                        heldout_loss = progress.evaluate(
+                            eval_fn, state.params, heldout, put, log, step
+                        )
                         run_page.write(config.run_dir)
                 if due_save:
                     with clock.timed("save", step):
-                        checkpoint.save(manager, state)
+                        checkpoint.save(manager, state, heldout_loss=heldout_loss)
                 since = time.monotonic()
             if last:
                 break
         bar.close()
+        batches.close()
         trace.close()
         with clock.timed("save", step):
             checkpoint.wait(manager)
@@ -243,6 +255,21 @@ def check_accumulation(config: Config, mesh) -> None:
         )
 
 
+def check_counts(config: Config) -> None:
+    for key, value, least in (
+        ("keep_checkpoints", config.keep_checkpoints, 1),
+        ("keep_best", config.keep_best, 0),
+        ("data.workers", config.data.workers, 0),
+        ("data.worker_restarts", config.data.worker_restarts, 0),
+        ("optim.spike_window", config.optim.spike_window, 1),
+        ("optim.max_skipped", config.optim.max_skipped, 0),
+    ):
+        if value < least:
+            raise ConfigError(f"{key} must be {least} or more, not {value}")
+    if config.keep_best and not config.data.heldout:
+        raise ConfigError("keep_best chooses by the held-out loss; set data.heldout")
+
+
 def report_config(config: Config, model: ModelConfig) -> None:
     say(f"run {config.run_dir}: {model}")
     defaults = Config(run_dir="", tokenizer="", data=configs.DataConfig(train=()))
@@ -255,7 +282,7 @@ def start_state(config: Config, model_config: ModelConfig, tx, mesh, manager) ->
     """The newest checkpoint, else the weights of ``init_from``, else random ones: in this order."""
     if manager.latest_step() is not None:
         abstract = jax.eval_shape(lambda: steps.start_state(models.abstract(model_config), tx))
-        say(f"resuming {config.run_dir} at step {manager.latest_step()}")
+        say(f"resuming {config.run_dir}")
         return checkpoint.restore(manager, abstract, mesh)
     if not config.init_from:
         return steps.init_state(model_config, tx, mesh, config.seed)
@@ -288,71 +315,6 @@ class StopSignal:
         self.asked = number
         signal.signal(signal.SIGINT, signal.default_int_handler)
         say(f"{signal.Signals(number).name}: saving after this step")
-
-
-# --- in the loop --------------------------------------------------------------------------------
-
-
-def summarise(
-    pending: list[steps.Metrics], slots: int, seconds: float, step: int, languages: list[str]
-) -> dict:
-    """The metrics of the steps since the last line, means weighted by loss tokens; ``slots`` are
-    the positions of a batch."""
-    check_finite(pending, step)
-    each = jax.tree.map(lambda *x: np.stack(x).astype(np.float64), *jax.device_get(pending))
-    record = {
-        "loss": float((each.loss * each.loss_tokens).sum() / max(each.loss_tokens.sum(), 1)),
-        "grad_norm": float(each.grad_norm[-1]),
-        "tokens_per_s": float(each.tokens.sum()) / seconds,
-        "loss_tokens_per_s": float(each.loss_tokens.sum()) / seconds,
-        "packing": float(each.tokens.mean()) / slots,
-    }
-    if each.by_language is not None:
-        sums = zip(languages, each.by_language.sum(0).tolist(), strict=True)
-        record["loss_by_language"] = {name: loss / count for name, (loss, count) in sums if count}
-    return record
-
-
-def check_finite(pending: list[steps.Metrics], step: int) -> None:
-    for i, one in enumerate(jax.device_get(pending)):
-        if not np.isfinite(one.loss) or not np.isfinite(one.grad_norm):
-            bad = step - len(pending) + 1 + i
-            raise TrainingError(
-                f"step {bad}: loss {one.loss}, gradient norm {one.grad_norm}: not finite. No later "
-                "state was saved; lower optim.learning_rate or set optim.clip_norm, and run again"
-            )
-
-
-def describe(record: dict) -> str:
-    return (
-        f"loss {record['loss']:.4f}  grad norm {record['grad_norm']:.2f}  "
-        f"lr {record['learning_rate']:.2e}  {record['tokens_per_s']:,.0f} tok/s  "
-        f"packing {record['packing']:.1%}  "
-        + (f"MFU {record['mfu']:.1%}  " if "mfu" in record else "")
-        + f"goodput {record['goodput']:.1%}"
-    )
-
-
-def evaluate(eval_fn, params, heldout, put, log: metrics.MetricsLog, step: int) -> None:
-    """Held-out loss, whole and by language, over every held-out pair once."""
-    sums: Counter[str] = Counter()
-    tokens: Counter[str] = Counter()
-    for batch, language in heldout.batches():
-        losses = np.asarray(eval_fn(params, put(batch)))
-        parts = metrics.by_language(losses, batch.loss_mask, language, heldout.languages)
-        for name, (loss, count) in parts.items():
-            sums[name] += loss
-            tokens[name] += count
-    if not tokens:
-        return
-    whole = sums.total() / tokens.total()
-    by_language = {name: sums[name] / tokens[name] for name in tokens}
-    log.write(step, heldout_loss=whole, heldout_by_language=by_language)
-    worst = sorted(by_language.items(), key=lambda item: -item[1])[:4]
-    say(
-        f"step {step}  held-out loss {whole:.4f}  highest: "
-        + ", ".join(f"{name} {loss:.3f}" for name, loss in worst)
-    )
 
 
 def main(overrides: list[str]) -> None:

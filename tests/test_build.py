@@ -4,6 +4,7 @@ import dataclasses
 import fnmatch
 import glob
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -151,65 +152,23 @@ def test_a_file_is_whole_or_not_there(tmp_path):
 
 # --- a dataset of one's own ---------------------------------------------------------------------
 
-MINE = '''"""Riddles: a line is a riddle, " = " and its answer; a file is named by its language."""
 
-import os
-
-from data_pipelines.recipes import RawSource
-from data_pipelines.sources import Dropped
-from llmzoo_jax.conversation import Conversation, Message
-
-
-def conversations(path, **about):
-    """One conversation a line; a line without an answer is dropped, and counted."""
-    name = os.path.basename(path)
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            where = f"{name}:{number}"
-            riddle, mark, answer = line.strip().partition(" = ")
-            if not mark:
-                yield Dropped(where, "no answer", line.strip())
-                continue
-            yield Conversation(
-                id=where,
-                messages=(
-                    Message("system", "You like riddles."),
-                    Message("user", riddle),
-                    Message("assistant", answer),
-                ),
-                lang=name.removesuffix(".txt"),
-                **about,
-            )
-
-
-RECIPE = (
-    RawSource(
-        name="riddles",
-        read=conversations,
-        files="riddles/*.txt",
-        about={
-            "kind": "language_specific_instruction",
-            "source": "collected by ourselves",
-            "license": "CC0-1.0",
-        },
-    ),
-)
-'''
-
-
-def test_a_user_adds_a_dataset_with_one_file(tmp_path):
+def test_a_user_adds_a_dataset_with_the_file_that_the_readme_shows(tmp_path):
     (tmp_path / "raw/riddles").mkdir(parents=True)
     (tmp_path / "raw/riddles/sw.txt").write_text(
         "Nyumba yangu haina mlango = Yai\nHaina jibu\n", encoding="utf-8"
     )
     (tmp_path / "raw/riddles/fr.txt").write_text("Toujours devant toi = L'avenir\n", "utf-8")
-    (tmp_path / "riddles.py").write_text(MINE, encoding="utf-8")
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    (mine,) = re.findall(r"```python\n(.*?RECIPE.*?)```", readme, re.DOTALL)
+    assert len(mine.splitlines()) <= 40
+    (tmp_path / "riddles.py").write_text(mine, encoding="utf-8")
     command = [sys.executable, "-m", "data_pipelines.build", f"--recipe={tmp_path}/riddles.py",
                f"--shared={tmp_path}/raw", f"--out={tmp_path}/out", "--heldout=0"]  # fmt: skip
     run = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
     assert run.returncode == 0, run.stderr
     french, swahili = read_jsonl(tmp_path / "out/riddles.train.jsonl")
-    assert (french.lang, swahili.lang) == ("fr", "sw") and swahili.messages[2].content == "Yai"
+    assert (french.lang, swahili.lang) == ("fr", "sw") and swahili.messages[1].content == "Yai"
     assert swahili.license == "CC0-1.0" and swahili.id == "sw.txt:1"
     (note,) = lines(tmp_path / "out/dropped.jsonl")
     assert note == {"where": "sw.txt:2", "reason": "no answer", "detail": "Haina jibu"}

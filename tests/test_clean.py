@@ -9,7 +9,8 @@ import sys
 import pytest
 
 from data_pipelines import decontaminate
-from data_pipelines.clean import File, Rules, clean_files, find_files, table
+from data_pipelines.clean import File, clean_files, find_files, table
+from data_pipelines.examine import Rules
 from data_pipelines.spoilt_text import mojibake, placeholder
 from llmzoo_jax.conversation import Conversation, Message, read_jsonl, to_dict, write_jsonl
 from llmzoo_jax.errors import InputError
@@ -335,6 +336,18 @@ def test_the_command_writes_the_same_files_again(tmp_path):
     assert set(before) == {"a.train.jsonl", "a.heldout.jsonl", "dropped.jsonl"}
     assert command(*arguments).returncode == 0 and digests() == before
     assert len(list(read_jsonl(tmp_path / "out" / "a.train.jsonl"))) == 7
+
+
+def test_any_number_of_processes_writes_the_same_files(tmp_path):
+    texts = unlike(90)  # more than a process takes at once
+    dirty = [texts[0], near_to(texts[1]), chat("a", ""), chat("a", "b\ufffdc")]
+    for workers in (1, 2):
+        files = [write(tmp_path / "x.heldout.jsonl", [near_to(texts[2])]),
+                 write(tmp_path / "x.train.jsonl", [*texts, *dirty])]  # fmt: skip
+        clean_files(files, str(tmp_path / str(workers)), ALONE, workers=workers)
+        assert [(file.read, file.kept) for file in files] == [(1, 1), (94, 89)]
+    for path in (tmp_path / "1").iterdir():
+        assert path.read_bytes() == (tmp_path / "2" / path.name).read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from llmzoo_jax import data as data_module
-from llmzoo_jax import tokenise as tokenise_module
+from llmzoo_jax import shards
 from llmzoo_jax.config import DataConfig, Source
 from llmzoo_jax.conversation import ConversationError, from_dict
 from llmzoo_jax.data import DataError, heldout_batches, train_data
-from llmzoo_jax.tokenise import encode_batch, tokenise
+from llmzoo_jax.shards import encode_batch
+from llmzoo_jax.tokenise import tokenise
 from llmzoo_jax.tokenizer import encode, resolve_format
 
 SPECIAL = ("<unk>", "<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>")
@@ -249,7 +250,7 @@ def encoded(monkeypatch):
         calls.extend(items)
         return encode_batch(items, **options)
 
-    monkeypatch.setattr(tokenise_module, "encode_batch", counting)
+    monkeypatch.setattr(shards, "encode_batch", counting)
     return calls
 
 
@@ -290,7 +291,7 @@ def test_a_failed_run_leaves_nothing_in_the_cache(source, tmp_path, monkeypatch)
         raise ConversationError("no")
 
     with monkeypatch.context() as patch, pytest.raises(ConversationError):
-        patch.setattr(tokenise_module, "encode_batch", fail)
+        patch.setattr(shards, "encode_batch", fail)
         tokenise(file, **CODEC, cache_dir=str(tmp_path / "cache"))
     assert list((tmp_path / "cache").iterdir()) == []
     assert len(tokenise(file, **CODEC, cache_dir=str(tmp_path / "cache"))) == 7
@@ -301,12 +302,12 @@ def test_two_at_once_give_one_cache(source, tmp_path, monkeypatch):
     file, cache, second = source("a", 7).path, tmp_path / "cache", []
 
     def interrupted(items, **options):
-        monkeypatch.setattr(tokenise_module, "encode_batch", encode_batch)
+        monkeypatch.setattr(shards, "encode_batch", encode_batch)
         if not second:
             second.append(tokenise(file, **CODEC, cache_dir=str(cache)))
         return encode_batch(items, **options)
 
-    monkeypatch.setattr(tokenise_module, "encode_batch", interrupted)
+    monkeypatch.setattr(shards, "encode_batch", interrupted)
     records = tokenise(file, **CODEC, cache_dir=str(cache))
     assert len(list(cache.iterdir())) == 1
     for record in range(7):

@@ -16,9 +16,20 @@ STANDARD = set(sys.stdlib_module_names)
 # What a module may import of the project, beside itself and its own folder. A name stands for
 # the modules below it too.
 CORE = {"llmzoo_jax.config", "llmzoo_jax.errors", "llmzoo_jax.cli"}
-TEXT = {"llmzoo_jax.conversation", "llmzoo_jax.chat_formats", "llmzoo_jax.tokenizer"}
+TEXT = {
+    "llmzoo_jax.conversation",
+    "llmzoo_jax.chat_formats",
+    "llmzoo_jax.byte_tokens",
+    "llmzoo_jax.tokenizer",
+}
+TOKENS = {"llmzoo_jax.packing", "llmzoo_jax.shards", "llmzoo_jax.tokenise"}
 BELOW_MODELS = {"llmzoo_jax.sharding", "llmzoo_jax.config", "llmzoo_jax.errors"}
-ATTENTION = {"llmzoo_jax.models.attention", "llmzoo_jax.models.packed_attention"}
+KERNELS = {
+    "llmzoo_jax.models.packed_attention",
+    "llmzoo_jax.models.splash",
+    "llmzoo_jax.models.triton_attention",
+}
+ATTENTION = {*KERNELS, "llmzoo_jax.models.attention"}
 FAMILY = {*BELOW_MODELS, *ATTENTION, "llmzoo_jax.models.layers"}
 MODELS = {*BELOW_MODELS, "llmzoo_jax.models"}
 MAY_IMPORT = {
@@ -28,6 +39,7 @@ MAY_IMPORT = {
     "llmzoo_jax.conversation": {"llmzoo_jax.errors", "llmzoo_jax.chat_formats"},
     "llmzoo_jax.chat_formats": {"llmzoo_jax.errors", "llmzoo_jax.conversation"},
     "llmzoo_jax.packing": {"llmzoo_jax.errors"},
+    "llmzoo_jax.byte_tokens": {"llmzoo_jax.conversation"},
     "llmzoo_jax.tokenizer": {*TEXT, "llmzoo_jax.errors", "llmzoo_jax.llama_tokenizer"},
     "llmzoo_jax.llama_tokenizer": {"llmzoo_jax.errors"},
     "llmzoo_jax.text_stream": {"llmzoo_jax.errors"},
@@ -41,15 +53,32 @@ MAY_IMPORT = {
         "llmzoo_jax.goodput",
         "llmzoo_jax.checkpoint",
     },
-    "llmzoo_jax.tokenise": {*TEXT, *CORE},
-    "llmzoo_jax.data": {*TEXT, *CORE, "llmzoo_jax.packing", "llmzoo_jax.tokenise"},
+    "llmzoo_jax.progress": {*CORE, "llmzoo_jax.metrics", "llmzoo_jax.step"},
+    "llmzoo_jax.shards": {*TEXT, *CORE},
+    "llmzoo_jax.tokenise": {*TEXT, *CORE, "llmzoo_jax.shards"},
+    "llmzoo_jax.data": {
+        *TEXT,
+        *CORE,
+        "llmzoo_jax.packing",
+        "llmzoo_jax.tokenise",
+        "llmzoo_jax.workers",
+    },
     "llmzoo_jax.sharding": CORE,
     "llmzoo_jax.distributed": CORE,
+    "llmzoo_jax.spikes": CORE,
     "llmzoo_jax.moments": {*CORE, "llmzoo_jax.sharding"},
-    "llmzoo_jax.optim": {*CORE, "llmzoo_jax.sharding", "llmzoo_jax.moments"},
+    "llmzoo_jax.workers": set(),
+    "llmzoo_jax.optim": {
+        *CORE,
+        "llmzoo_jax.sharding",
+        "llmzoo_jax.spikes",
+        "llmzoo_jax.moments",
+    },
     "llmzoo_jax.models": MODELS,
     "llmzoo_jax.models.packed_attention": BELOW_MODELS,
-    "llmzoo_jax.models.attention": {*BELOW_MODELS, "llmzoo_jax.models.packed_attention"},
+    "llmzoo_jax.models.splash": {*BELOW_MODELS, "llmzoo_jax.models.packed_attention"},
+    "llmzoo_jax.models.triton_attention": {"llmzoo_jax.models.packed_attention"},
+    "llmzoo_jax.models.attention": {*BELOW_MODELS, *KERNELS},
     "llmzoo_jax.models.layers": {*BELOW_MODELS, *ATTENTION},
     "llmzoo_jax.models.bloom": FAMILY,
     "llmzoo_jax.models.llama": FAMILY,
@@ -57,16 +86,30 @@ MAY_IMPORT = {
     "llmzoo_jax.hf": {*MODELS, "llmzoo_jax.hf_config"},
     "llmzoo_jax.hf_config": CORE,
     "llmzoo_jax.generate": MODELS,
-    "llmzoo_jax.checkpoint": {*MODELS, "llmzoo_jax.step", "llmzoo_jax.optim"},
+    "llmzoo_jax.manifest": set(),
+    "llmzoo_jax.checkpoint": {
+        *MODELS,
+        "llmzoo_jax.step",
+        "llmzoo_jax.optim",
+        "llmzoo_jax.manifest",
+        "llmzoo_jax.metrics",
+    },
     "configs": {"llmzoo_jax.config"},
-    "data_pipelines": {*TEXT, *CORE, "llmzoo_jax.packing", "llmzoo_jax.tokenise", "data_pipelines"},
+    "data_pipelines": {
+        *TEXT,
+        *CORE,
+        "llmzoo_jax.packing",
+        "llmzoo_jax.shards",
+        "llmzoo_jax.tokenise",
+        "data_pipelines",
+    },
     "serving": {"llmzoo_jax", "serving"},
     "eval": {"llmzoo_jax", "eval"},
 }
 NO_JAX = (
     "llmzoo_jax", "llmzoo_jax.errors", "llmzoo_jax.cli", "llmzoo_jax.config",
     "llmzoo_jax.conversation", "llmzoo_jax.chat_formats", "llmzoo_jax.tokenizer",
-    "llmzoo_jax.packing", "llmzoo_jax.tokenise", "llmzoo_jax.text_stream", "llmzoo_jax.hf_config",
+    "llmzoo_jax.text_stream", "llmzoo_jax.hf_config", *TOKENS,
 )  # fmt: skip
 ONLY = {  # packages from elsewhere that a module may import
     "llmzoo_jax": set(),

@@ -11,7 +11,7 @@ import pytest
 from llmzoo_jax import generate, models
 from llmzoo_jax import step as steps
 from llmzoo_jax.config import BloomConfig, ComputeConfig, LlamaConfig, RopeConfig
-from llmzoo_jax.models import attention
+from llmzoo_jax.models import attention, packed_attention, splash, triton_attention
 from llmzoo_jax.packing import Batch
 from tests import parity
 
@@ -139,6 +139,26 @@ def test_remat_and_chunked_loss_change_nothing(case, remat, loss_chunk):
     assert abs(loss - plain_loss) <= 1e-5
     assert parity.max_difference(grads, plain_grads) <= 1e-5
     assert max(float(jnp.abs(g).max()) for g in jax.tree.leaves(plain_grads)) > 1e-2
+
+
+KERNELS_AS_PLAIN_JAX = {
+    "blocks": packed_attention.packed_attention,
+    "splash": functools.partial(splash.splash_attention, interpret=True),
+    "triton": functools.partial(
+        packed_attention.packed_attention, kernel=triton_attention.kernel(interpret=True)
+    ),
+}
+
+
+@pytest.mark.parametrize("case", parity.FAMILIES)
+@pytest.mark.parametrize("name", KERNELS_AS_PLAIN_JAX)
+def test_every_attention_gives_the_loss_and_gradients_of_all_scores(case, name, monkeypatch):
+    here = attention.IMPLEMENTATIONS[name]._replace(function=KERNELS_AS_PLAIN_JAX[name])
+    monkeypatch.setitem(attention.IMPLEMENTATIONS, name, here)
+    loss, grads = loss_and_gradients(case, remat="dots", attention=name)
+    plain_loss, plain_grads = loss_and_gradients(case, remat="none", attention="scores")
+    assert abs(loss - plain_loss) <= 1e-5
+    assert parity.max_difference(grads, plain_grads) <= 1e-5
 
 
 @pytest.mark.parametrize("case", parity.FAMILIES)

@@ -2,13 +2,17 @@
 
 import json
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmzoo_jax import shards
 from llmzoo_jax import tokenise as tokenise_module
-from llmzoo_jax.conversation import ConversationError, from_dict
-from llmzoo_jax.tokenise import encode_batch, tokenise, tokenise_all
+from llmzoo_jax.byte_tokens import byte_lengths, byte_mask
+from llmzoo_jax.conversation import ConversationError, from_dict, render
+from llmzoo_jax.shards import encode_batch
+from llmzoo_jax.tokenise import tokenise, tokenise_all
 from llmzoo_jax.tokenizer import encode, resolve_format
 from tests.test_data import CODEC, assert_equal, conversation, write
 from tests.test_tokenizer import words_tokenizer
@@ -19,7 +23,7 @@ from tests.tiny_tokenizers import conversation as chat
 @pytest.fixture
 def small_shards(monkeypatch):
     monkeypatch.setattr(tokenise_module, "SHARD_BYTES", 1000)
-    monkeypatch.setattr(tokenise_module, "BATCH", 3)
+    monkeypatch.setattr(shards, "BATCH", 3)
 
 
 def conversations(path, n, lang="en"):
@@ -39,7 +43,7 @@ def test_any_number_of_processes_gives_the_same_bytes_and_none_imports_jax(
     monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")  # they write what they import to stderr
     tokenise_all(paths, **CODEC, cache_dir=str(tmp_path / "2"), workers=2)
     imported = {line.rpartition("|")[2].strip() for line in capfd.readouterr().err.splitlines()}
-    assert "llmzoo_jax.tokenise" in imported and not imported & {"jax", "jaxlib", "grain"}
+    assert "llmzoo_jax.shards" in imported and not imported & {"jax", "jaxlib", "grain"}
     assert tree(tmp_path / "1") == tree(tmp_path / "2")
     assert len(tree(tmp_path / "1")) > 10 and [len(file) for file in single] == [30, 20]
     for path, file in zip(paths, single, strict=True):
@@ -64,7 +68,7 @@ def test_a_build_that_was_stopped_goes_on_with_the_shards_that_are_not_finished(
         return encode_batch(items, **options)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(tokenise_module, "encode_batch", counting)
+        patch.setattr(shards, "encode_batch", counting)
         tokenise(path, **CODEC, cache_dir=str(cache), workers=1)
     kept = {path: content for path, content in tree(cache).items() if path.suffix == ".npz"}
     assert kept and not [path for path in tree(cache) if path.suffix == ".tmp"]
@@ -74,7 +78,7 @@ def test_a_build_that_was_stopped_goes_on_with_the_shards_that_are_not_finished(
         return encode_batch(items, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(tokenise_module, "encode_batch", rest)
+        patch.setattr(shards, "encode_batch", rest)
         again = tokenise(path, **CODEC, cache_dir=str(cache), workers=1)
     assert len(encoded) < 22 + 40 - len(kept)  # a shard has several conversations
     assert tree(cache) == tree(tmp_path / "whole")
@@ -126,6 +130,26 @@ def test_a_batch_is_encoded_as_each_of_its_conversations(kind, name):
             assert_equal(example.__dict__.values(), expected.__dict__.values())
             assert example.tokens.dtype == expected.tokens.dtype
             assert example.loss_mask.dtype == expected.loss_mask.dtype
+
+    equal()
+
+
+@pytest.mark.parametrize("name", ["phoenix", "llama-2", "chatml", "alpaca"])
+def test_the_bytes_of_tokens_give_the_mask_that_their_characters_give(name):
+    tokenizer = tiny("bpe")
+    chat_format = resolve_format(name, tokenizer)
+    lengths = byte_lengths(tokenizer, len(tokenizer))
+    assert lengths is not None
+
+    @settings(max_examples=40, deadline=None)
+    @given(st.lists(TEXTS, min_size=2, max_size=6))
+    def equal(contents):
+        segments = render(chat(*contents[: len(contents) // 2 * 2]).messages, chat_format)
+        text = "".join(segment.text for segment in segments)
+        trained = "".join(("01"[segment.train]) * len(segment.text) for segment in segments)
+        coded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        by_characters = ["1" in trained[a:b] for a, b in coded.offset_mapping]
+        assert byte_mask(np.array(coded.input_ids), segments, lengths).tolist() == by_characters
 
     equal()
 

@@ -2,8 +2,8 @@
 
 Every family is an ``nnx.Module``, used as a plain pytree, with two methods:
 
-- ``hidden(tokens[B,T], mask, positions[B,T], *, kv_cache, dtype, remat)`` gives ``x[B,T,D]`` after
-  the final norm, and the new cache (None without one);
+- ``hidden(tokens[B,T], mask, positions[B,T], *, kv_cache, dtype, remat, attention)`` gives
+  ``x[B,T,D]`` after the final norm, and the new cache (None without one);
 - ``logits(x[...,D])`` gives float32 ``[...,V]``.
 """
 

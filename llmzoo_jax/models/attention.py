@@ -1,15 +1,23 @@
-"""Attention: one contract, ``attend``, and the key/value cache. Letters: see ``layers.py``."""
+"""Attention: one contract, ``attend``, its implementations, and the key/value cache.
+
+Letters: see ``layers.py``.
+"""
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from llmzoo_jax.errors import InputError
+from llmzoo_jax.models import triton_attention
 from llmzoo_jax.models.packed_attention import SAVED, packed_attention
+from llmzoo_jax.models.splash import MAX_POSITIONS, splash_attention
 
 
 class KVCache(NamedTuple):
@@ -70,6 +78,49 @@ def _update(old, new, starts):
     return jax.lax.dynamic_update_slice(old, new.astype(old.dtype), starts)
 
 
+class AttentionError(InputError):
+    """An implementation can't serve a case; the message says why."""
+
+
+class Implementation(NamedTuple):
+    """``function(q[B,K,G,T,H], k[B,K,T,H], v, starts[B,T], slopes=[K,G] or None, positions=[B,T] or
+    None) -> [B,K,G,T,H]``: causal attention of packed rows, as ``packed_attention`` has it."""
+
+    function: Callable
+    platform: str  # the only one it runs on; "" = any
+    max_positions: int | None = None  # with ALiBi
+
+
+def _all_scores(q, k, v, starts, *, slopes, positions):
+    return plain_attention(q, k, v, Mask(starts), slopes=slopes, positions=positions)
+
+
+IMPLEMENTATIONS = {
+    "scores": Implementation(_all_scores, ""),
+    "blocks": Implementation(packed_attention, ""),
+    "splash": Implementation(splash_attention, "tpu", MAX_POSITIONS),
+    "triton": Implementation(
+        functools.partial(packed_attention, kernel=triton_attention.kernel()), "gpu"
+    ),
+}
+BEST = {"cpu": "blocks", "tpu": "splash", "gpu": "triton"}
+
+
+def choose(name: str, platform: str) -> str:
+    """The implementation that ``compute.attention`` asks for on ``platform``; "auto" = the fastest.
+
+    Raises AttentionError where it does not run there."""
+    if name == "auto":
+        return BEST.get(platform, "blocks")
+    only = IMPLEMENTATIONS[name].platform
+    if only and only != platform:
+        raise AttentionError(
+            f"compute.attention={name} is a kernel for {only.upper()}s and the devices are "
+            f"{platform}; set compute.attention=auto (here: {choose('auto', platform)})"
+        )
+    return name
+
+
 def attend(
     q: jax.Array,
     k: jax.Array,
@@ -78,21 +129,32 @@ def attend(
     *,
     alibi_slopes: jax.Array | None = None,
     key_positions: jax.Array | None = None,
+    implementation: str = "auto",
 ) -> jax.Array:
     """Softmax attention in float32, products in the dtype of ``q``.
 
     ``q[B,T,N,H]``, ``k, v[B,K,S,H]`` with N a multiple of K; ``alibi_slopes`` float32 ``[N]`` adds
     ``slope * key_position`` (``key_positions[B,S]``), which differs from ``slope * distance`` by a
     constant per query, so the softmax is the same (Press et al., 2022). Returns ``[B,T,N,H]``.
+    ``implementation`` is a key of ``IMPLEMENTATIONS``, or "auto" for the default backend's best;
+    with a cache there is one way, by all scores.
     """
     B, T, N, H = q.shape
     K = k.shape[1] if k.ndim == 4 else k.shape[0] // B
     q = jnp.moveaxis(q.reshape(B, T, K, N // K, H), 1, 3)  # [B,K,G,T,H]
     slopes = None if alibi_slopes is None else alibi_slopes.reshape(K, N // K)
-    if mask.last is None and jax.default_backend() == "cpu":
-        y = packed_attention(q, k, v, mask.first, slopes=slopes, positions=key_positions)
-    else:
+    if mask.last is not None:
         y = plain_attention(q, k, v, mask, slopes=slopes, positions=key_positions)
+    else:
+        if implementation == "auto":
+            implementation = choose("auto", jax.default_backend())
+        function, _, longest = IMPLEMENTATIONS[implementation]
+        if slopes is not None and longest is not None and longest < T:
+            raise AttentionError(
+                f"compute.attention={implementation} holds ALiBi's positions up to {longest} and "
+                f"the rows have {T}; set compute.attention=blocks"
+            )
+        y = function(q, k, v, mask.first, slopes=slopes, positions=key_positions)
     return jnp.moveaxis(y, 3, 1).reshape(B, T, N, H)
 
 

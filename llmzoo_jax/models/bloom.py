@@ -11,8 +11,15 @@ import jax.numpy as jnp
 from flax import nnx
 
 from llmzoo_jax.config import BloomConfig
-from llmzoo_jax.models import attention, layers
-from llmzoo_jax.models.attention import KVCache, Mask
+from llmzoo_jax.models import layers
+from llmzoo_jax.models.attention import (
+    KVCache,
+    Mask,
+    alibi_slopes,
+    attend,
+    slot_positions,
+    write_cache,
+)
 from llmzoo_jax.models.layers import Embedding, LayerNorm, Proj
 from llmzoo_jax.sharding import constrain
 
@@ -21,18 +28,26 @@ class Attention(nnx.Module):
     def __init__(self, config: BloomConfig, rngs: nnx.Rngs):
         D, N, H = config.hidden_size, config.num_heads, config.head_dim
         init = {"bias": True, "std": config.init_std, "rngs": rngs}
-        self.slopes = tuple(attention.alibi_slopes(N))
+        self.slopes = tuple(alibi_slopes(N))
         self.qkv = Proj((D,), (N, 3, H), axes=("embed", "heads", "qkv", "head"), **init)
         self.out = Proj((N, H), (D,), axes=("heads", "head", "embed"), **init)
 
-    def __call__(self, x, kv, mask, positions, key_positions):
+    def __call__(self, x, kv, mask, positions, key_positions, implementation):
         q, k, v = jnp.moveaxis(self.qkv(x), 3, 0)  # each [B,T,N,H]
         k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)  # [B,N,T,H]
         if kv is not None:
-            kv = attention.write_cache(kv, k, v, positions)
+            kv = write_cache(kv, k, v, positions)
             k, v = kv
         slopes = jnp.array(self.slopes, jnp.float32)
-        y = attention.attend(q, k, v, mask, alibi_slopes=slopes, key_positions=key_positions)
+        y = attend(
+            q,
+            k,
+            v,
+            mask,
+            alibi_slopes=slopes,
+            key_positions=key_positions,
+            implementation=implementation,
+        )
         return self.out(y), kv
 
 
@@ -50,10 +65,10 @@ class Block(nnx.Module):
     def join(self):
         """For decoding: see ``layers.Joint``. Query, key and value are one projection already."""
 
-    def __call__(self, x, kv, mask, positions, key_positions):
+    def __call__(self, x, kv, mask, positions, key_positions, implementation):
         y = self.norm1(x)
         residual = y if self.residual_post_layernorm else x
-        y, kv = self.attention(y, kv, mask, positions, key_positions)
+        y, kv = self.attention(y, kv, mask, positions, key_positions, implementation)
         x = residual + y
         y = self.norm2(x)
         residual = y if self.residual_post_layernorm else x
@@ -81,15 +96,15 @@ class Bloom(nnx.Module):
         kv_cache: KVCache | None = None,
         dtype: jnp.dtype = jnp.float32,
         remat: str = "none",
+        attention: str = "auto",
     ) -> tuple[jax.Array, KVCache | None]:
         key_positions = positions
         if kv_cache is not None:
-            key_positions = attention.slot_positions(kv_cache, len(tokens))
+            key_positions = slot_positions(kv_cache, len(tokens))
         x = self.embed_norm(self.embed(tokens, dtype))
         x = constrain(x, ("batch", "length", "act_embed"))
-        x, kv_cache = layers.run_blocks(
-            self.blocks, x, (mask, positions, key_positions), kv_cache=kv_cache, remat=remat
-        )
+        inputs = (mask, positions, key_positions, attention)
+        x, kv_cache = layers.run_blocks(self.blocks, x, inputs, kv_cache=kv_cache, remat=remat)
         return self.norm(x), kv_cache
 
     def logits(self, x: jax.Array) -> jax.Array:

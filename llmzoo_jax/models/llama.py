@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from llmzoo_jax.config import LlamaConfig
-from llmzoo_jax.models import attention, layers
-from llmzoo_jax.models.attention import KVCache, Mask
+from llmzoo_jax.models import layers
+from llmzoo_jax.models.attention import KVCache, Mask, attend, write_cache
 from llmzoo_jax.models.layers import Embedding, Joint, Proj, RMSNorm
 from llmzoo_jax.sharding import constrain
 
@@ -31,15 +31,15 @@ class Attention(nnx.Module):
         self.qkv = nnx.data(Joint(self.q, self.k, self.v))
         del self.q, self.k, self.v
 
-    def __call__(self, x, kv, mask, positions, rope):
+    def __call__(self, x, kv, mask, positions, rope, implementation):
         q, k, v = self.qkv(x) if self.qkv else (self.q(x), self.k(x), self.v(x))
         q = layers.apply_rope(q, rope)  # [B,T,N,H]
         k = layers.apply_rope(k, rope)  # [B,T,K,H]
         k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)  # [B,K,T,H]
         if kv is not None:
-            kv = attention.write_cache(kv, k, v, positions)
+            kv = write_cache(kv, k, v, positions)
             k, v = kv
-        return self.out(attention.attend(q, k, v, mask)), kv
+        return self.out(attend(q, k, v, mask, implementation=implementation)), kv
 
 
 class Block(nnx.Module):
@@ -61,8 +61,8 @@ class Block(nnx.Module):
         self.gate_up = nnx.data(Joint(self.gate, self.up))
         del self.gate, self.up
 
-    def __call__(self, x, kv, mask, positions, rope):
-        y, kv = self.attention(self.norm1(x), kv, mask, positions, rope)
+    def __call__(self, x, kv, mask, positions, rope, implementation):
+        y, kv = self.attention(self.norm1(x), kv, mask, positions, rope, implementation)
         x = x + y
         y = self.norm2(x)
         gate, up = self.gate_up(y) if self.gate_up else (self.gate(y), self.up(y))
@@ -89,12 +89,12 @@ class Llama(nnx.Module):
         kv_cache: KVCache | None = None,
         dtype: jnp.dtype = jnp.float32,
         remat: str = "none",
+        attention: str = "auto",
     ) -> tuple[jax.Array, KVCache | None]:
         rope = layers.rope_angles(self.config.rope, self.config.head_dim, positions)
         x = constrain(self.embed(tokens, dtype), ("batch", "length", "act_embed"))
-        x, kv_cache = layers.run_blocks(
-            self.blocks, x, (mask, positions, rope), kv_cache=kv_cache, remat=remat
-        )
+        inputs = (mask, positions, rope, attention)
+        x, kv_cache = layers.run_blocks(self.blocks, x, inputs, kv_cache=kv_cache, remat=remat)
         return self.norm(x), kv_cache
 
     def logits(self, x: jax.Array) -> jax.Array:

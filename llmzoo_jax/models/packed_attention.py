@@ -1,17 +1,20 @@
 """Causal attention within the segments of packed rows, block by block, with its own gradient.
 
-As FlashAttention (Dao et al., 2022; Dao, 2023), in plain JAX: a block of queries goes over blocks
-of keys, from the one in which the first of its segments begins to its own, with a running softmax;
-the backward pass computes the weights again from the logarithm of their sum. No [T,T] array exists,
-what belongs to a block stays in a CPU's cache, and other segments cost nothing.
+As FlashAttention (Dao et al., 2022; Dao, 2023): a block of queries goes over blocks of keys, from
+the one in which the first of its segments begins to its own, with a running softmax; the backward
+pass computes the weights again from the logarithm of their sum. No [T,T] array exists and other
+segments cost nothing. What is here is plain JAX for every backend, and keeps a block in the cache
+of a CPU; ``triton_attention.py`` has the same as a kernel for GPUs.
 
 Letters: see ``layers.py``; Q queries and J keys of a block, both ``BLOCK``; R = G * Q.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,17 +28,30 @@ SAVED = "saved"  # the name of what remat="dots" keeps for the backward pass
 HIDDEN = -1e30  # the score of a key that is not seen; finite, so that a block of them gives no NaN
 
 
-class Row(NamedTuple):
-    """One row. ``slopes`` and ``positions`` are ALiBi's, or None; the rest is always there."""
+class Rows(NamedTuple):
+    """Rows, or one of them without the axis B. ``positions`` are ALiBi's, or None."""
 
-    q: jax.Array  # [K,G,T,H]
-    k: jax.Array  # [K,T,H]
-    v: jax.Array  # [K,T,H]
-    starts: jax.Array  # int32[T], the first key that a query sees; the last is its own
-    positions: jax.Array | None  # float32[T], of the keys
+    q: jax.Array  # [B,K,G,T,H]
+    k: jax.Array  # [B,K,T,H]
+    v: jax.Array  # [B,K,T,H]
+    starts: jax.Array  # int32[B,T], the first key that a query sees; the last is its own
+    positions: jax.Array | None  # float32[B,T], of the keys
 
 
-AXES = Row(
+class Kernel(NamedTuple):
+    """A way to compute it. ``forward(rows, slopes)`` gives the output ``[B,K,G,T,H]`` and the log
+    of the sum of exp(scores), float32 ``[B,K,G,T]``; ``backward(rows, slopes, d_out, log_sum,
+    inner)`` the gradients of q, k and v, where ``inner[B,K,G,T]`` is ``d_out * out`` summed over H.
+    """
+
+    forward: Callable
+    backward: Callable
+    # Rows or heads that the mesh does not divide: computed as one, which the compiler splits as it
+    # can, or refused.
+    undivided: Literal["whole", "error"]
+
+
+AXES = Rows(
     q=("batch", "kv_heads", None, None, None),
     k=("batch", "kv_heads", None, None),
     v=("batch", "kv_heads", None, None),
@@ -52,63 +68,91 @@ def packed_attention(
     *,
     slopes: jax.Array | None = None,
     positions: jax.Array | None = None,
+    kernel: Kernel | None = None,
 ) -> jax.Array:
     """``q[B,K,G,T,H], k, v[B,K,T,H] -> [B,K,G,T,H]``; query t sees the keys from ``starts[B,T]`` to
     t. With ``slopes`` ``[K,G]`` and the keys' ``positions[B,T]``, ALiBi is added to the scores.
-    Scores and softmax in float32, products in the dtype of ``q``."""
+    Scores and softmax in float32, products in the dtype of ``q``. ``kernel`` gets whole blocks;
+    None is plain JAX."""
     T = q.shape[3]
-    more = -T % min(BLOCK, T)
-    if more:  # added queries see themselves, and nobody sees added keys
-        starts = jnp.concatenate(
-            [starts, jnp.broadcast_to(jnp.arange(T, T + more), (len(starts), more))], axis=1
-        )
+    rows = padded(Rows(q, k, v, starts, positions), BLOCK if kernel else min(BLOCK, T))
+    return _attention(BLOCKS if kernel is None else kernel, rows, slopes)[..., :T, :]
+
+
+def padded(rows: Rows, multiple: int) -> Rows:
+    """Rows of a length that ``multiple`` divides: added queries see themselves alone, and nobody
+    sees added keys."""
+    B, T = rows.starts.shape
+    more = -T % multiple
+    q, k, v, starts, positions = rows
+    if more:
+        added = jnp.broadcast_to(jnp.arange(T, T + more), (B, more))
+        starts = jnp.concatenate([starts, added], axis=1)
         q, k, v = (jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, more), (0, 0)]) for x in (q, k, v))
         if positions is not None:
             positions = jnp.pad(positions, [(0, 0), (0, more)])
     if positions is not None:
         positions = positions.astype(jnp.float32)
-    return _attention(Row(q, k, v, starts, positions), slopes)[..., :T, :]
+    return Rows(q, k, v, starts, positions)
 
 
-@jax.custom_vjp
-def _attention(rows: Row, slopes: jax.Array | None) -> jax.Array:
-    return _forward(rows, slopes)[0]
+def axes_of(rows: Rows) -> Rows:
+    """The logical axes of ``rows``."""
+    return AXES if rows.positions is not None else AXES._replace(positions=None)
 
 
-def _forward(rows: Row, slopes):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(kernel: Kernel, rows: Rows, slopes: jax.Array | None) -> jax.Array:
+    return _forward(kernel, rows, slopes)[0]
+
+
+def _forward(kernel: Kernel, rows: Rows, slopes):
     run = per_device(
-        lambda rows, slopes: lax.map(lambda row: _forward_row(row, slopes), rows),
-        inputs=(_axes(rows), None if slopes is None else ("kv_heads", None)),
+        kernel.forward,
+        inputs=(axes_of(rows), None if slopes is None else ("kv_heads", None)),
         outputs=(AXES.q, AXES.q[:-1]),
+        undivided=kernel.undivided,
     )
     out, log_sum = (checkpoint_name(x, SAVED) for x in run(rows, slopes))
     return out, (rows, slopes, out, log_sum)
 
 
-def _backward(saved, d_out):
+def _backward(kernel: Kernel, saved, d_out):
     rows, slopes, out, log_sum = saved
     # The softmax's gradient is w * (dw - sum(w * dw)), and that sum is d_out . out.
     inner = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)  # [B,K,G,T]
     run = per_device(
-        lambda args, slopes: lax.map(lambda row: _backward_row(*row, slopes), args),
+        kernel.backward,
         inputs=(
-            (_axes(rows), AXES.q, AXES.q[:-1], AXES.q[:-1]),
+            axes_of(rows),
             None if slopes is None else ("kv_heads", None),
+            *(AXES.q, AXES.q[:-1], AXES.q[:-1]),
         ),
         outputs=(AXES.q, AXES.k, AXES.v),
+        undivided=kernel.undivided,
     )
-    dq, dk, dv = run((rows, d_out, log_sum, inner), slopes)
-    return Row(dq, dk, dv, None, None), None
+    dq, dk, dv = run(rows, slopes, d_out, log_sum, inner)
+    return Rows(dq, dk, dv, None, None), None
 
 
 _attention.defvjp(_forward, _backward)
 
 
-def _axes(rows: Row) -> Row:
-    return AXES if rows.positions is not None else AXES._replace(positions=None)
+# --- in plain JAX: row by row, block by block ---------------------------------------------------
 
 
-def _forward_row(row: Row, slopes) -> tuple[jax.Array, jax.Array]:
+def _forward_rows(rows: Rows, slopes):
+    return lax.map(lambda row: _forward_row(row, slopes), rows)
+
+
+def _backward_rows(rows: Rows, slopes, d_out, log_sum, inner):
+    return lax.map(lambda x: _backward_row(*x, slopes), (rows, d_out, log_sum, inner))
+
+
+BLOCKS = Kernel(_forward_rows, _backward_rows, undivided="whole")
+
+
+def _forward_row(row: Rows, slopes) -> tuple[jax.Array, jax.Array]:
     """(output ``[K,G,T,H]``, log of the sum of exp(scores) ``[K,G,T]``)."""
     K, G, T, H = row.q.shape
     size = min(BLOCK, T)
@@ -135,7 +179,7 @@ def _forward_row(row: Row, slopes) -> tuple[jax.Array, jax.Array]:
     return lax.fori_loop(0, T // size, queries, outputs)
 
 
-def _backward_row(row: Row, d_out, log_sum, inner, slopes):
+def _backward_row(row: Rows, d_out, log_sum, inner, slopes):
     """Gradients of q, k and v."""
     K, G, T, H = row.q.shape
     size = min(BLOCK, T)
@@ -170,12 +214,12 @@ def _backward_row(row: Row, d_out, log_sum, inner, slopes):
     return tuple(x.astype(dtype) for x in gradients)
 
 
-def _first_block(row: Row, i) -> jax.Array:
+def _first_block(row: Rows, i) -> jax.Array:
     """The first block of keys that a query of block i sees."""
     return _block(row.starts, i, axis=0).min() // min(BLOCK, len(row.starts))
 
 
-def _scores(row: Row, slopes, i, j) -> jax.Array:
+def _scores(row: Rows, slopes, i, j) -> jax.Array:
     """Scores of the queries of block i and the keys of block j, float32 ``[K,R,J]``."""
     q, k = _block(row.q, i, axis=2), _block(row.k, j, axis=1)
     K, G, size, H = q.shape

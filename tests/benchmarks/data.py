@@ -1,21 +1,24 @@
-"""Speed and memory of the way from JSON Lines to batches, stage by stage.
+"""Speed and memory of the way from a raw LLM Zoo file to batches, stage by stage.
 
-    python -m tests.benchmarks.data --synthetic=/tmp/synthetic.jsonl --conversations=30000 \\
-        --tokenizer=runs/tokenizers/real-phoenix --cache=/tmp/cache
+    python -m tests.benchmarks.data --work=/tmp/data-bench --conversations=465000 \\
+        --tokenizer=runs/tokenizers/phoenix
 
-makes a file of so many conversations of 3.4 kB on average if there is none (465,000 are 1.6 GB, the
-size of LLM Zoo's own), and runs each stage in a process of its own:
+makes a list of so many conversations as LLM Zoo's data.json has them, 3.4 kB each on average
+(465,000 are 1.6 GB, the size of LLM Zoo's own), and runs each stage in a process of its own:
 
-    cut       reads the file, hashes it and finds the shards
+    make      the synthetic file; not made again if it is there
+    build     data_pipelines.build: the list as a stream -> JSON Lines, exact duplicates dropped
+    clean     data_pipelines.clean: near duplicates, spoilt text, scripts and languages
+    cut       reads the cleaned file, hashes it and finds the shards
     batches   tokenizers' own encode_batch on the rendered text, on all cores: nothing else is timed
-    tokenise  reading, checking, rendering, encoding, masks, writing; --cache must not have it yet
+    tokenise  reading, checking, rendering, encoding, masks, writing
     again     the same when it is in the cache
     plan      packing
     threads   the iterator of one host, batches made by threads
     workers   the same, by processes of Grain
 
 Peak memory is that of the process, plus that of its largest child times their number. --data takes
-files of your own instead of the synthetic one.
+JSON Lines files of your own, and begins at "cut".
 """
 
 from __future__ import annotations
@@ -36,14 +39,13 @@ from pathlib import Path
 from absl import flags
 
 from llmzoo_jax import cli
-from llmzoo_jax.conversation import Conversation, Message, read_jsonl, render, write_jsonl
+from llmzoo_jax.conversation import Conversation, Message, read_jsonl, render
 
-SYNTHETIC = flags.DEFINE_string("synthetic", None, "File to make if it is not there, and to read.")
+WORK = flags.DEFINE_string("work", None, "Folder for all that is made here.", required=True)
 CONVERSATIONS = flags.DEFINE_integer("conversations", 30_000, "Conversations to make.")
 SEED = flags.DEFINE_integer("seed", 0, "Of the conversations that are made, and of the order.")
-DATA = flags.DEFINE_list("data", [], "Files or patterns to read instead of --synthetic.")
+DATA = flags.DEFINE_list("data", [], "Files or patterns to read instead of the synthetic one.")
 TOKENIZER = flags.DEFINE_string("tokenizer", None, "Folder of a tokenizer.", required=True)
-CACHE = flags.DEFINE_string("cache", None, "Folder of tokenised records.", required=True)
 WORKERS = flags.DEFINE_integer("workers", os.cpu_count(), "Processes, wherever there are some.")
 LENGTH = flags.DEFINE_integer("length", 2048, "Positions of a row.")
 ROWS = flags.DEFINE_integer("rows", 16, "Rows of a batch.")
@@ -105,8 +107,16 @@ def synthetic(count: int, seed: int) -> Iterator[Conversation]:
 # --- stages: each returns what it measured ------------------------------------------------------
 
 
+SYNTHETIC, CLEANED = "llmzoo.json", "cleaned/llmzoo.train.jsonl"  # in --work
+
+
+def in_work(name: str) -> str:
+    return os.path.join(WORK.value, name)
+
+
 def paths() -> list[str]:
-    return [f for p in DATA.value or [SYNTHETIC.value] for f in sorted(glob.glob(p))]
+    """The JSON Lines that are tokenised."""
+    return [f for p in DATA.value or [in_work(CLEANED)] for f in sorted(glob.glob(p))]
 
 
 def codec() -> dict:
@@ -119,18 +129,47 @@ def codec() -> dict:
 def records() -> list:
     from llmzoo_jax.tokenise import tokenise_all
 
-    return tokenise_all(paths(), **codec(), cache_dir=CACHE.value, workers=WORKERS.value)
+    return tokenise_all(paths(), **codec(), cache_dir=in_work("cache"), workers=WORKERS.value)
 
 
 def make() -> dict:
-    count = write_jsonl(SYNTHETIC.value, synthetic(CONVERSATIONS.value, SEED.value))
-    return {"conversations": count}
+    """As ``json.dump`` writes a list, but one record at a time."""
+    roles = {"user": "human", "assistant": "gpt"}
+    part = in_work(SYNTHETIC) + ".part"
+    with open(part, "w", encoding="utf-8") as file:
+        for number, item in enumerate(synthetic(CONVERSATIONS.value, SEED.value)):
+            turns = [{"from": roles[m.role], "value": m.content} for m in item.messages]
+            record = {"id": item.id, "language": item.lang, "conversations": turns}
+            file.write((", " if number else "[") + json.dumps(record, ensure_ascii=False))
+        file.write("]")
+    os.replace(part, in_work(SYNTHETIC))
+    return {"conversations": CONVERSATIONS.value}
+
+
+def build() -> dict:
+    from data_pipelines.build import RawSource, build
+    from data_pipelines.sources import llmzoo
+
+    about = {"kind": "conversation", "source": "synthetic", "license": "CC0-1.0"}
+    row = RawSource("llmzoo", llmzoo.conversations, SYNTHETIC, about)
+    (built,) = build((row,), shared=WORK.value, out=in_work("built"), heldout=0.0)
+    return {"conversations": built.read, "kept": len(built.train), "dropped": dict(built.dropped)}
+
+
+def clean() -> dict:
+    from data_pipelines.clean import File, clean_files
+    from data_pipelines.examine import Rules
+
+    # What the synthetic languages are is no use to ask, but what asking costs is.
+    file = File(in_work("built/llmzoo.train.jsonl"), heldout=False)
+    clean_files([file], in_work("cleaned"), Rules(), workers=WORKERS.value)
+    return {"conversations": file.read, "kept": file.kept, "dropped": dict(file.dropped)}
 
 
 def cut() -> dict:
     from llmzoo_jax.tokenise import _shards
 
-    return {"shards": sum(len(_shards(path, "", (), CACHE.value)) for path in paths())}
+    return {"shards": sum(len(_shards(path, "", (), in_work("cache"))) for path in paths())}
 
 
 def batches() -> dict:
@@ -190,6 +229,8 @@ def iterate(workers: int) -> dict:
 
 STAGES = {
     "make": make,
+    "build": build,
+    "clean": clean,
     "cut": cut,
     "batches": batches,
     "tokenise": tokenise,
@@ -198,6 +239,7 @@ STAGES = {
     "threads": lambda: iterate(0),
     "workers": lambda: iterate(WORKERS.value),
 }
+RAW = ("make", "build", "clean")  # stages that read the raw file, or what came of it
 
 
 def run_stage(name: str) -> dict:
@@ -215,11 +257,10 @@ def main(_: list[str]) -> None:
     if STAGE.value:
         print(json.dumps(run_stage(STAGE.value)))
         return
-    if not DATA.value and not SYNTHETIC.value:
-        raise flags.ValidationError("give --synthetic or --data")
+    os.makedirs(WORK.value, exist_ok=True)
     done = {}
     for name in STAGES:
-        if name == "make" and (DATA.value or os.path.exists(SYNTHETIC.value)):
+        if name in RAW and (DATA.value or (name == "make" and os.path.exists(in_work(SYNTHETIC)))):
             continue
         command = [sys.executable, "-m", "tests.benchmarks.data", *sys.argv[1:], f"--stage={name}"]
         environment = os.environ | {"TOKENIZERS_PARALLELISM": "true"}
@@ -227,8 +268,8 @@ def main(_: list[str]) -> None:
             command, env=environment, stdout=subprocess.PIPE, text=True, check=True
         )
         done[name] = json.loads(out.stdout.splitlines()[-1])
-        megabytes = sum(map(os.path.getsize, paths())) / 1e6
-        print(describe(name, done[name], megabytes), flush=True)
+        size = sum(map(os.path.getsize, [in_work(SYNTHETIC)] if name in RAW else paths()))
+        print(describe(name, done[name], size / 1e6), flush=True)
     ratio = speed(done["tokenise"]) / speed(done["batches"])
     print(f"tokenise reaches {ratio:.0%} of encode_batch")
 
@@ -244,9 +285,13 @@ def describe(name: str, result: dict, megabytes: float) -> str:
         parts.append(f"{result['tokens'] / seconds:,.0f} tokens/s")
     else:
         parts.append(f"{megabytes / seconds:,.1f} MB/s of {megabytes:,.1f}")
-    if name in ("make", "batches", "tokenise"):
+    if name in (*RAW, "batches", "tokenise"):
         parts.append(f"{speed(result):,.0f} conversations/s")
-    parts += [f"{key} {result[key]}" for key in ("shards", "rows", "efficiency") if key in result]
+    parts += [
+        f"{key} {result[key]}"
+        for key in ("shards", "rows", "efficiency", "kept", "dropped")
+        if key in result
+    ]
     return "  ".join([*parts, f"peak {result['peak_mb']:,.0f} MB"])
 
 
