@@ -20,7 +20,8 @@ from llmzoo_jax.goodput import Goodput, goodput
 from llmzoo_jax.goodput import read as read_events
 
 POINTS = 400  # of a line, at most; of more, neighbours are averaged
-WIDTH, HEIGHT = 640, 220  # of a figure, and its margins
+NEWEST = 10  # lines of metrics.jsonl of which a language's training loss is the mean
+WIDTH, WIDE, HEIGHT = 640, 1240, 220  # of a figure, and its margins
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 12, 26
 
 Series = Sequence[tuple[float, float]]
@@ -59,7 +60,8 @@ def facts(run_dir: str | Path, *, now: float) -> dict[str, Any]:
         "best": min(heldout, key=lambda r: r["heldout_loss"]) if heldout else {},
         "attention": _attention(heldout, account),
         "loss": chart(
-            {"training": _series(steps, "loss"), "held out": _series(heldout, "heldout_loss")}
+            {"training": _series(steps, "loss"), "held out": _series(heldout, "heldout_loss")},
+            width=WIDE,
         ),
         "figures": {
             title: chart(lines)
@@ -108,15 +110,18 @@ def _attention(heldout: Sequence[Mapping[str, Any]], account: Goodput) -> list[s
 def _languages(
     steps: Sequence[Mapping[str, Any]], heldout: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    """The newest losses of each language, the highest first; None where it has none."""
-    kinds = {"training": (steps, "loss_by_language"), "held_out": (heldout, "heldout_by_language")}
-    newest: dict[str, dict[str, Any]] = {}
-    for kind, (records, key) in kinds.items():
-        for record in records:
-            for name, loss in record.get(key, {}).items():
-                newest.setdefault(name, {"name": name} | dict.fromkeys(kinds))[kind] = loss
-    rows = [row | {"most": row["held_out"] or row["training"]} for row in newest.values()]
-    return sorted(rows, key=lambda row: -row["most"])
+    """The losses of each language, the highest first; None where it has none."""
+    kinds = {
+        "training": (steps, "loss_by_language", NEWEST),
+        "held_out": (heldout, "heldout_by_language", 1),
+    }
+    rows: dict[str, dict[str, Any]] = {}
+    for kind, (records, key, count) in kinds.items():
+        for name in sorted({name for r in records for name in r.get(key, ())}):
+            newest = [r[key][name] for r in records if name in r.get(key, ())][-count:]
+            row = rows.setdefault(name, {"name": name} | dict.fromkeys(kinds))
+            row[kind] = sum(newest) / len(newest)
+    return sorted(rows.values(), key=lambda row: -(row["held_out"] or row["training"]))
 
 
 def _spent(account: Goodput) -> list[dict[str, Any]]:
@@ -175,15 +180,16 @@ def _changed(config: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
 
 @dataclasses.dataclass(frozen=True)
 class Chart:
-    """Lines in an SVG of WIDTH x HEIGHT; ticks are (place, text)."""
+    """Lines in an SVG of ``width`` x HEIGHT; ticks are (place, text)."""
 
+    width: int
     lines: list[dict[str, Any]]  # name, path, dots: (x, y, text)
     x_ticks: list[tuple[float, str]]
     y_ticks: list[tuple[float, str]]
     text: str  # for those who can't see it
 
 
-def chart(series: Mapping[str, Series]) -> Chart | None:
+def chart(series: Mapping[str, Series], *, width: int = WIDTH) -> Chart | None:
     """None where there is nothing to draw. A line of few points has dots."""
     from matplotlib.ticker import MaxNLocator
 
@@ -199,7 +205,7 @@ def chart(series: Mapping[str, Series]) -> Chart | None:
 
     def place(x, y):
         return (
-            round(LEFT + (x - x_low) / (x_high - x_low) * (WIDTH - LEFT - RIGHT), 1),
+            round(LEFT + (x - x_low) / (x_high - x_low) * (width - LEFT - RIGHT), 1),
             round(HEIGHT - BOTTOM - (y - y_low) / (y_high - y_low) * (HEIGHT - TOP - BOTTOM), 1),
         )
 
@@ -211,6 +217,7 @@ def chart(series: Mapping[str, Series]) -> Chart | None:
         lines.append({"name": name, "path": path, "dots": dots if len(dots) <= 40 else []})
     last = ", ".join(f"{name} {points[-1][1]:.5g}" for name, points in series.items())
     return Chart(
+        width=width,
         lines=lines,
         x_ticks=[(place(x, 0)[0], f"{x:,.0f}") for x in x_values if x_low <= x <= x_high],
         y_ticks=[(place(0, y)[1], _number(y)) for y in y_values],
@@ -227,7 +234,7 @@ def _range(low: float, high: float) -> tuple[float, float]:
 def _number(y: float) -> str:
     if abs(y) >= 1000:
         return f"{y / 1000:,.4g}k"
-    return f"{y:.0e}" if 0 < abs(y) < 1e-3 else f"{y:.4g}"
+    return f"{y:.3g}"
 
 
 def _thinned(points: Series) -> Series:

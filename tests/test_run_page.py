@@ -68,7 +68,7 @@ def test_the_page_has_the_figures_of_the_run(run_dir):
     for wanted in (
         "40 steps done", "1.0000 training loss", "2.5000 held-out loss; lowest 2.0000 at 20",
         "97.0% of the rows filled", "41.2% of the peak (MFU)", "10,004 tokens a second",
-        "fr 0.8750 2.5000", "ar 4.5000 –", "train.jsonl: 3 conversations &amp; more",
+        "fr 1.8229 2.5000", "ar 4.5000 –", "train.jsonl: 3 conversations &amp; more",
         "1 restart; steps of 0.7 s were computed again", "lowest at step 20 (2.0000) and has risen",
         "data.sequence_length 64 2048", "optim.learning_rate = 2e-05",
     ):  # fmt: skip
