@@ -1,6 +1,7 @@
 """Says whether a run fits before it is rented: compiles its step for devices that are not here.
 
-    python -m llmzoo_jax.plan --config=configs/quickstart.py:phoenix --target=v5e:16x16
+    python -m llmzoo_jax.plan --config=configs/phoenix_7b.py \\
+        --hardware=configs/hardware/tpu.py:v5e-256 --target=v5e:16x16
 
 prints memory a device, FLOPs, bytes and collectives, and how long compiling took. Nothing is
 allocated and no device is needed: ``v5e:16x16`` wants ``pip install 'jax[tpu]'`` and ``h200:8``
@@ -20,7 +21,7 @@ from typing import NamedTuple
 import jax
 from absl import flags
 
-from llmzoo_jax import cli, hf_config, lora, models, optim, program, sharding, targets
+from llmzoo_jax import cli, distributed, hf_config, lora, models, optim, program, sharding, targets
 from llmzoo_jax import config as configs
 from llmzoo_jax import step as steps
 from llmzoo_jax.config import Config, ConfigError, ModelConfig
@@ -33,6 +34,7 @@ CONFIG = flags.DEFINE_string(
 TARGET = flags.DEFINE_string(
     "target", None, "v5e:16x16, v5p:4x4x4, h200:8, h200:4x8, cpu:8, ...", required=True
 )
+HARDWARE = flags.DEFINE_string("hardware", "", "Hardware file, as for training.")
 SLICES = flags.DEFINE_integer("slices", 1, "So many TPU slices of the target.", lower_bound=1)
 
 
@@ -204,7 +206,8 @@ def gib(size: float) -> str:
 
 
 def main(overrides: list[str]) -> None:
-    config = configs.load(CONFIG.value, overrides)
+    config = configs.load(CONFIG.value, overrides, HARDWARE.value)
+    distributed.set_environment(config.hardware)  # before JAX starts a device
     # What is compiled for is not here, and a plugin that is installed would look for its device.
     os.environ["JAX_PLATFORMS"] = "cpu"
     jax.config.update("jax_platforms", "cpu")
