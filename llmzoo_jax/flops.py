@@ -67,9 +67,10 @@ def forward(config: ModelConfig, work: Work) -> float:
     )
 
 
-def training(config: ModelConfig, work: Work) -> float:
-    """FLOPs of a training step: the backward pass takes two products for each of the forward's."""
-    return 3 * forward(config, work)
+def training(config: ModelConfig, work: Work, *, frozen: bool = False) -> float:
+    """FLOPs of a training step: the backward pass takes two products for each of the forward's, or
+    one where the weights are ``frozen`` (adapters themselves, a hundredth, are not counted)."""
+    return (2 if frozen else 3) * forward(config, work)
 
 
 def peak_flops(device_kind: str, configured: float) -> float | None:
@@ -83,13 +84,16 @@ class Utilisation:
     """Model FLOP utilisation, of the dense bfloat16 peak of all devices of a mesh whatever the
     compute dtype; called with the metrics of some steps and their seconds."""
 
-    def __init__(self, config: ModelConfig, compute: ComputeConfig, mesh: Mesh):
+    def __init__(
+        self, config: ModelConfig, compute: ComputeConfig, mesh: Mesh, *, frozen: bool = False
+    ):
         peak = peak_flops(mesh.devices.flat[0].device_kind, compute.peak_flops)
         self._config, self._peak = config, peak and peak * mesh.size
+        self._frozen = frozen
 
     def __call__(self, steps: Sequence[Any], seconds: float) -> dict[str, float]:
         """``{"mfu": share}``; nothing where the peak of the devices is not known."""
         if not self._peak:
             return {}
         work = Work(*(float(sum(getattr(m, key) for m in steps)) for key in Work._fields))
-        return {"mfu": training(self._config, work) / seconds / self._peak}
+        return {"mfu": training(self._config, work, frozen=self._frozen) / seconds / self._peak}

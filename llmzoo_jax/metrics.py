@@ -5,6 +5,8 @@ Of several processes the first does all of it; the others call the same function
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 from pathlib import Path
@@ -13,7 +15,10 @@ from typing import Any
 import jax
 import numpy as np
 from tensorboardX import SummaryWriter
+from tensorboardX.record_writer import register_writer_factory
 from tqdm import tqdm
+
+from llmzoo_jax.errors import InputError
 
 COLOURS = {"training": "#9aa5b1", "held out": "#c2410c"}
 
@@ -21,6 +26,58 @@ COLOURS = {"training": "#9aa5b1", "held out": "#c2410c"}
 def writes() -> bool:
     """Whether this process is the one that writes."""
     return jax.process_index() == 0
+
+
+class MetricsError(InputError):
+    """A file of metrics can't be written; the message names it."""
+
+
+@contextlib.contextmanager
+def _named(path: Path):
+    try:
+        yield
+    except OSError as error:
+        raise MetricsError(
+            f"{path}: can't be written: {error}. Make room, or mend what is wrong, and run the "
+            "same command again; it goes on at the newest checkpoint"
+        ) from error
+
+
+class _EventFile:
+    """A file of tensorboardX, written by a thread of its own. An error is said, and no more is
+    written: it would end the thread, and the training loop would wait for it for ever."""
+
+    def __init__(self, path: str):
+        self._path, self._whole = path, True
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+
+    def write(self, data: bytes) -> None:
+        try:
+            if self._whole and os.write(self._file, data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            self._whole = False
+            say(f"{self._path}: can't be written: {error}; TensorBoard will show no more")
+
+    def flush(self) -> None:
+        pass  # nothing is held back
+
+    def close(self) -> None:
+        os.close(self._file)
+
+
+class _EventFiles:
+    """What tensorboardX asks for where files begin with ``_PREFIX``."""
+
+    def directory_check(self, path: str) -> None:
+        os.makedirs(path.removeprefix(f"{_PREFIX}:"), exist_ok=True)
+
+    def open(self, path: str) -> _EventFile:
+        return _EventFile(path.removeprefix(f"{_PREFIX}:"))
+
+
+_PREFIX = "run"
+register_writer_factory(_PREFIX, _EventFiles())
 
 
 class MetricsLog:
@@ -34,10 +91,11 @@ class MetricsLog:
         self.path = Path(run_dir) / "metrics.jsonl"
         if not writes():
             return
-        self._keep_up_to(start_step)
-        self._file = self.path.open("a", encoding="utf-8")
+        with _named(self.path):
+            self._keep_up_to(start_step)
+            self._file = self.path.open("ab", buffering=0)  # a failed write leaves nothing to flush
         self._board = SummaryWriter(
-            str(Path(run_dir) / "tensorboard"), purge_step=start_step + 1, write_to_disk=True
+            f"{_PREFIX}:{run_dir}/tensorboard", purge_step=start_step + 1, write_to_disk=True
         )
 
     def _keep_up_to(self, step: int) -> None:
@@ -51,8 +109,10 @@ class MetricsLog:
     def write(self, step: int, **values: Any) -> None:
         if not writes():
             return
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        line = json.dumps({"step": step, **values}).encode() + b"\n"
+        with _named(self.path):
+            if self._file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         for name, value in values.items():
             group = {name: value} if not isinstance(value, dict) else value
             for key, number in group.items():
@@ -145,7 +205,8 @@ def plot(run_dir: str | Path, *, title: str) -> Path | None:
     figure.tight_layout()
     path = Path(run_dir) / "loss.png"
     part = path.with_name("loss.part.png")
-    figure.savefig(part)
+    with _named(path):
+        figure.savefig(part)
+        os.replace(part, path)
     plt.close(figure)
-    os.replace(part, path)
     return path

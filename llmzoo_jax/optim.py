@@ -36,16 +36,21 @@ def schedule(config: OptimConfig, total_steps: int) -> optax.Schedule:
 
 
 def decay_mask(params: Any) -> Any:
-    """True for matrices (``*.w``), False for norms and biases: what HF's Trainer decays."""
+    """True for matrices (``*.w``, and LoRA's), False for norms and biases: what HF's Trainer
+    decays."""
     return jax.tree_util.tree_map_with_path(lambda path, _: is_matrix(path_name(path)), params)
 
 
 def make_optimizer(config: OptimConfig, total_steps: int) -> optax.GradientTransformation:
-    """Clipping, then the optimiser of the config; steps that would do harm are skipped. Raises
-    ConfigError where a key has no effect."""
+    """The update rule of the config, which skips steps that would do harm; see ``update_rule``."""
+    return skip_spikes(update_rule(config, total_steps), config)
+
+
+def update_rule(config: OptimConfig, total_steps: int) -> optax.GradientTransformation:
+    """Clipping, then the optimiser of the config. Raises ConfigError where a key has no effect."""
     check(config)
     direction = {"adamw": _adam, "adafactor": _adafactor, "lion": _lion, "muon": _muon}
-    tx = optax.chain(
+    return optax.chain(
         optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
         optax.chain(
             compressed(direction[config.optimizer](config), config.state_dtype),
@@ -53,7 +58,6 @@ def make_optimizer(config: OptimConfig, total_steps: int) -> optax.GradientTrans
             optax.scale_by_learning_rate(schedule(config, total_steps)),
         ),
     )
-    return skip_spikes(tx, config)
 
 
 def check(config: OptimConfig) -> None:

@@ -7,6 +7,7 @@ A parameter names its logical axes where it is made (``nnx.Param(..., axes=("emb
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -32,6 +33,8 @@ RULES: dict[str, tuple[str, ...]] = {
     "head": (),
     "qkv": (),
     "mlp": ("tensor",),
+    "rank": (),
+    "blocks": (),
     "batch": ("replica", "fsdp"),
     "length": ("sequence",),
     "act_embed": (),
@@ -58,15 +61,15 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         sizes[sizes.index(-1)] = len(devices) // fixed
     if math.prod(sizes) != len(devices):
         raise ShardingError(f"mesh ({asked}) does not fit {len(devices)} devices; set mesh.*")
-    slices = {getattr(device, "slice_index", 0) for device in devices}
+    slices = Counter(getattr(device, "slice_index", 0) for device in devices)
     across, rest = [], len(slices)
     for size in sizes:
         across.append(math.gcd(size, rest))
         rest //= across[-1]
-    if rest > 1:
+    if rest > 1 or len(set(slices.values())) > 1:
         raise ShardingError(
-            f"mesh ({asked}): {len(slices)} slices are not whole parts of its axes; set "
-            f"mesh.replica={len(slices)} or a multiple of it"
+            f"mesh ({asked}): its {len(slices)} slices are no equal parts of it; set mesh.replica "
+            f"to {len(slices)} or a multiple of it, and take slices of one size"
         )
     inside = [size // parts for size, parts in zip(sizes, across, strict=True)]
     split = {"allow_split_physical_axes": True}

@@ -12,7 +12,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from llmzoo_jax import models
+from llmzoo_jax import lora, models
 from llmzoo_jax.config import ComputeConfig, ModelConfig
 from llmzoo_jax.models import attention
 from llmzoo_jax.packing import Batch
@@ -21,8 +21,14 @@ from llmzoo_jax.sharding import tree_shardings
 
 class TrainState(NamedTuple):
     step: jax.Array  # int32, updates done
-    params: nnx.Module  # float32
+    params: Any  # float32, what is trained: the model or, with a base, its adapters
     opt_state: Any
+    base: nnx.Module | None = None  # LoRA's frozen weights; read again, never saved
+
+    @property
+    def model(self) -> nnx.Module:
+        """The model that computes."""
+        return lora.attach(self.base, self.params)
 
 
 class Metrics(NamedTuple):
@@ -48,7 +54,7 @@ def init_state(config: ModelConfig, tx: optax.GradientTransformation, mesh: Mesh
     return jax.jit(make, out_shardings=tree_shardings(jax.eval_shape(make, key), mesh))(key)
 
 
-def start_state(params: nnx.Module, tx: optax.GradientTransformation) -> TrainState:
+def start_state(params: Any, tx: optax.GradientTransformation) -> TrainState:
     return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
 
 
@@ -125,26 +131,38 @@ _permute.defvjp(
 
 
 def loss_and_grads(
-    params: nnx.Module, batch: Batch, compute: ComputeConfig, accumulation: int
-) -> tuple[jax.Array, jax.Array, nnx.Module]:
-    """(mean loss, losses ``[B,T]``, gradients of the mean), with one division by the loss tokens of
-    the whole batch, however many parts it is computed in. Losses are 0 where there is no target."""
+    params: Any,
+    batch: Batch,
+    compute: ComputeConfig,
+    accumulation: int,
+    *,
+    base: nnx.Module | None = None,
+    key: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array, Any]:
+    """(mean loss, losses ``[B,T]``, gradients of the mean by ``params``), with one division by the
+    loss tokens of the whole batch, however many parts it is computed in. Losses are 0 where there
+    is no target.
 
-    def loss_sum(params, part):
-        losses = token_losses(params, part, compute)
+    With a ``base``, ``params`` are its adapters; ``key`` is of their dropout (None: none), which a
+    row has whatever part it is in."""
+
+    def loss_sum(params, part, rows):
+        keys = None if key is None else jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
+        losses = token_losses(lora.attach(base, params, keys), part, compute)
         return losses.sum(), losses
 
     grad = jax.value_and_grad(loss_sum, has_aux=True)
+    rows = jnp.arange(len(batch.tokens))
     if accumulation == 1:
-        (total, losses), grads = grad(params, batch)
+        (total, losses), grads = grad(params, batch, rows)
     else:
         # Part i takes rows i, i + n, ..: every part spreads over all devices of the batch axis.
         parts = jax.tree.map(
-            lambda x: jnp.moveaxis(x.reshape(-1, accumulation, *x.shape[1:]), 1, 0), batch
+            lambda x: jnp.moveaxis(x.reshape(-1, accumulation, *x.shape[1:]), 1, 0), (batch, rows)
         )
 
         def add(carry, part):
-            (total, losses), grads = grad(params, part)
+            (total, losses), grads = grad(params, *part)
             return jax.tree.map(jnp.add, carry, (total, grads)), losses
 
         zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
@@ -174,10 +192,15 @@ def train_step(
     tx: optax.GradientTransformation,
     compute: ComputeConfig,
     accumulation: int,
+    seed: int | None = None,
     languages: int = 0,
 ) -> tuple[TrainState, Metrics]:
-    """``language`` is the number of the language of each position, below ``languages``."""
-    loss, losses, grads = loss_and_grads(state.params, batch, compute, accumulation)
+    """``language`` is the number of the language of each position, below ``languages``. ``seed`` is
+    of LoRA's dropout, which is the same whenever a step is done; None: none."""
+    key = None if seed is None else lora.dropout_key(seed, state.step)
+    loss, losses, grads = loss_and_grads(
+        state.params, batch, compute, accumulation, base=state.base, key=key
+    )
     updates, opt_state = tx.update(grads, state.opt_state, state.params, value=loss)
     params = optax.apply_updates(state.params, updates)
     real = batch.segment_ids > 0
@@ -193,16 +216,27 @@ def train_step(
         if language is None
         else loss_by_language(losses, batch.loss_mask, language, languages),
     )
-    return TrainState(state.step + 1, params, opt_state), metrics
+    return TrainState(state.step + 1, params, opt_state, state.base), metrics
 
 
 def jit_train_step(
-    tx, compute: ComputeConfig, accumulation: int, shardings: TrainState, languages: int = 0
+    tx,
+    compute: ComputeConfig,
+    accumulation: int,
+    shardings: TrainState,
+    *,
+    seed: int | None = None,
+    languages: int = 0,
 ):
     """``step(state, batch, language=None) -> (state, metrics)``, which reuses the buffers of the
     old state."""
     step = functools.partial(
-        train_step, tx=tx, compute=compute, accumulation=accumulation, languages=languages
+        train_step,
+        tx=tx,
+        compute=compute,
+        accumulation=accumulation,
+        seed=seed,
+        languages=languages,
     )
     # Metrics are laid out as the number of the step is: every process has them.
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, shardings.step))

@@ -14,9 +14,11 @@ import math
 import signal
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import jax
+import numpy as np
 from absl import flags
 from tqdm import tqdm
 
@@ -26,10 +28,11 @@ from llmzoo_jax import (
     distributed,
     flops,
     hf,
+    lora,
+    lora_run,
     metrics,
     models,
     optim,
-    progress,
     run_page,
     sharding,
 )
@@ -41,6 +44,7 @@ from llmzoo_jax.goodput import TimeLog
 from llmzoo_jax.metrics import say
 from llmzoo_jax.moments import state_bytes
 from llmzoo_jax.profiling import Trace
+from llmzoo_jax.summary import check_skipped, describe, summarise
 from llmzoo_jax.tokenizer import load_tokenizer, resolve_format, save_tokenizer
 
 CONFIG = flags.DEFINE_string(
@@ -79,6 +83,8 @@ def train(config: Config, *, profile: str = "") -> None:
     ``profile``: see the flag."""
     # Everything that can be wrong is read before anything is compiled.
     model_config = resolve_model(config)
+    if config.lora:
+        lora.targets(config.lora, model_config)
     tokenizer = load_tokenizer(config.tokenizer)
     chat_format = resolve_format(config.chat_format, tokenizer)
     check_vocabulary(tokenizer, model_config, config.tokenizer)
@@ -110,6 +116,7 @@ def train(config: Config, *, profile: str = "") -> None:
 
     tx = optim.make_optimizer(config.optim, total)
     schedule = optim.schedule(config.optim, total)
+    stop = StopSignal()
     with (
         jax.set_mesh(mesh),
         checkpoint.open_manager(
@@ -122,7 +129,9 @@ def train(config: Config, *, profile: str = "") -> None:
             say(f"{config.run_dir}: all {total} steps are done")
             return
         size = models.num_params(state.params)
-        say(f"{size:,} parameters, {sharding.describe(mesh)}, steps {start + 1} to {total}")
+        say(
+            f"{size:,} parameters to train, {sharding.describe(mesh)}, steps {start + 1} to {total}"
+        )
         kept = state_bytes(state.opt_state)
         say(f"the state of {config.optim.optimizer} takes {kept / 1e6:,.1f} MB")
         step_fn = steps.jit_train_step(
@@ -130,19 +139,22 @@ def train(config: Config, *, profile: str = "") -> None:
             compute,
             config.optim.accumulation,
             sharding.tree_shardings(state, mesh),
+            seed=config.seed,
             languages=len(data.languages),
         )
         eval_fn = steps.jit_eval_step(compute, state.step.sharding)
         put = functools.partial(distributed.put, sharding=batch_sharding, shape=(B, T))
         log = metrics.MetricsLog(config.run_dir, start_step=start)
-        utilisation = flops.Utilisation(model_config, config.compute, mesh)
+        utilisation = flops.Utilisation(
+            model_config, config.compute, mesh, frozen=config.lora is not None
+        )
         trace = Trace(profile, config.run_dir, start=start, total=total)
         clock.start(start)
 
         def put_batch(step: int, batch):
             return put(batch), put(data.language(step, batch, rows))
 
-        stop, agree = StopSignal(), distributed.agreement(mesh)
+        agree = distributed.agreement(mesh)
         since = time.monotonic()
         step_fn = step_fn.lower(state, *put_batch(start, data.batch(start, rows))).compile()
         say(f"compiled in {time.monotonic() - since:.1f} s")
@@ -173,24 +185,22 @@ def train(config: Config, *, profile: str = "") -> None:
             if last or due_eval or due_save or step % config.log_every == 0:
                 jax.block_until_ready(step_metrics)
                 seconds, pending = time.monotonic() - since, jax.device_get(pending)
+                record = summarise(pending, B * T, seconds, data.languages)
                 clock.spent("steps", step, seconds)
-                record = progress.summarise(pending, B * T, seconds, data.languages)
                 record["learning_rate"] = float(schedule(step - 1 - record["skipped"]))
                 record |= utilisation(pending, seconds) | {"goodput": clock.share()}
                 log.write(step, **record)
-                progress.check_skipped(pending, step, config.optim)
+                check_skipped(pending, step, config.optim)
                 bar.set_postfix(
                     loss=f"{record.get('loss', math.nan):.3f}",
                     tok_s=f"{record['tokens_per_s']:,.0f}",
                 )
                 if bar.disable:
-                    say(f"step {step}/{total}  " + progress.describe(record))
+                    say(f"step {step}/{total}  " + describe(record))
                 pending, heldout_loss = [], None
                 if due_eval:
                     with clock.timed("evaluate", step):
-                        heldout_loss = progress.evaluate(
-                            eval_fn, state.params, heldout, put, log, step
-                        )
+                        heldout_loss = evaluate(eval_fn, state.model, heldout, put, log, step)
                         run_page.write(config.run_dir)
                 if due_save:
                     with clock.timed("save", step):
@@ -220,6 +230,11 @@ def train(config: Config, *, profile: str = "") -> None:
 def resolve_model(config: Config) -> ModelConfig:
     """The model config, from the run's config, the folder it starts from, or both if they agree."""
     if not config.init_from:
+        if config.lora:
+            raise ConfigError(
+                "config: lora trains adapters of a model that exists; set init_from to its Hugging "
+                "Face folder (or --config.lora=none to train all weights)"
+            )
         if config.model is None:
             raise ConfigError("config: set model, or init_from to a Hugging Face folder")
         return config.model
@@ -280,9 +295,10 @@ def report_config(config: Config, model: ModelConfig) -> None:
 
 def start_state(config: Config, model_config: ModelConfig, tx, mesh, manager) -> steps.TrainState:
     """The newest checkpoint, else the weights of ``init_from``, else random ones: in this order."""
+    if config.lora:
+        return lora_run.start_state(config, model_config, tx, mesh, manager)
     if manager.latest_step() is not None:
         abstract = jax.eval_shape(lambda: steps.start_state(models.abstract(model_config), tx))
-        say(f"resuming {config.run_dir}")
         return checkpoint.restore(manager, abstract, mesh)
     if not config.init_from:
         return steps.init_state(model_config, tx, mesh, config.seed)
@@ -315,6 +331,33 @@ class StopSignal:
         self.asked = number
         signal.signal(signal.SIGINT, signal.default_int_handler)
         say(f"{signal.Signals(number).name}: saving after this step")
+
+
+# --- in the loop --------------------------------------------------------------------------------
+
+
+def evaluate(eval_fn, params, heldout, put, log: metrics.MetricsLog, step: int) -> float | None:
+    """Held-out loss, whole and by language, over every held-out pair once; the whole is returned,
+    None where there is no held-out data."""
+    sums: Counter[str] = Counter()
+    tokens: Counter[str] = Counter()
+    for batch, language in heldout.batches():
+        losses = np.asarray(eval_fn(params, put(batch)))
+        parts = metrics.by_language(losses, batch.loss_mask, language, heldout.languages)
+        for name, (loss, count) in parts.items():
+            sums[name] += loss
+            tokens[name] += count
+    if not tokens:
+        return None
+    whole = sums.total() / tokens.total()
+    by_language = {name: sums[name] / tokens[name] for name in tokens}
+    log.write(step, heldout_loss=whole, heldout_by_language=by_language)
+    worst = sorted(by_language.items(), key=lambda item: -item[1])[:4]
+    say(
+        f"step {step}  held-out loss {whole:.4f}  highest: "
+        + ", ".join(f"{name} {loss:.3f}" for name, loss in worst)
+    )
+    return whole
 
 
 def main(overrides: list[str]) -> None:

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 
-from llmzoo_jax import checkpoint, config, goodput, metrics, progress, train
+from llmzoo_jax import checkpoint, config, goodput, metrics, summary, train
 from llmzoo_jax.config import ComputeConfig, Config, ConfigError, DataConfig, OptimConfig, Source
 from llmzoo_jax.conversation import ConversationError, write_jsonl
 from llmzoo_jax.data import DataError
@@ -164,8 +164,8 @@ def test_a_killed_run_resumes_to_bitwise_the_same_losses(finished, folder, tmp_p
         raise Killed  # as SIGKILL does, without a last save; after step 5, the newest save is of 4
 
     with monkeypatch.context() as patch:
-        check = progress.check_skipped
-        patch.setattr(progress, "check_skipped", lambda *a: die() if a[1] == 5 else check(*a))
+        check = summary.check_skipped
+        patch.setattr(train, "check_skipped", lambda *a: die() if a[1] == 5 else check(*a))
         with pytest.raises(Killed):
             train.train(make_config(folder, tmp_path / "run"))
     train.train(make_config(folder, tmp_path / "run"))
@@ -194,7 +194,7 @@ def test_a_nonfinite_loss_names_the_step_and_saves_nothing(folder, tmp_path):
     bad = config.override(bad, "optim.clip_norm", "0")
     bad = config.override(bad, "optim.warmup_ratio", "0")
     bad = config.override(bad, "optim.max_skipped", "0")
-    with pytest.raises(progress.TrainingError, match=r"step \d: loss .*not finite"):
+    with pytest.raises(summary.TrainingError, match=r"step \d: loss .*not finite"):
         train.train(bad)
     with checkpoint.open_manager(tmp_path / "run") as manager:
         for step in manager.all_steps():

@@ -1,18 +1,18 @@
-"""What the training loop reports: a line of metrics, skipped steps, the held-out loss."""
+"""What a run says of its steps: the record of metrics.jsonl, a line, and which were skipped."""
 
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
-from llmzoo_jax import config as configs
-from llmzoo_jax import metrics
-from llmzoo_jax import step as steps
+from llmzoo_jax.config import OptimConfig
 from llmzoo_jax.errors import InputError
 from llmzoo_jax.metrics import say
+from llmzoo_jax.step import Metrics
 
 
 class TrainingError(InputError):
@@ -20,11 +20,11 @@ class TrainingError(InputError):
 
 
 def summarise(
-    pending: list[steps.Metrics], slots: int, seconds: float, languages: list[str]
-) -> dict:
-    """The metrics of the steps since the last line, means weighted by loss tokens; ``slots`` are
-    the positions of a batch. Skipped steps are counted and left out; where none is left, there is
-    no loss and no norm."""
+    pending: Sequence[Metrics], slots: int, seconds: float, languages: Sequence[str]
+) -> dict[str, Any]:
+    """The metrics of the steps since the last line, as NumPy, means weighted by loss tokens;
+    ``slots`` are the positions of a batch. Skipped steps are counted and left out; where none is
+    left, there is no loss and no norm."""
     taken = [one for one in pending if not one.skipped_in_a_row]
     tokens = float(sum(one.tokens for one in pending))
     record = {
@@ -37,16 +37,17 @@ def summarise(
         return record
     each = jax.tree.map(lambda *x: np.stack(x).astype(np.float64), *taken)
     mean = float((each.loss * each.loss_tokens).sum() / max(each.loss_tokens.sum(), 1))
-    sums = zip(languages, each.by_language.sum(0).tolist(), strict=True)
-    by_language = {name: loss / count for name, (loss, count) in sums if count}
-    first = {"loss": mean, "grad_norm": float(each.grad_norm[-1])}
-    return first | record | {"loss_by_language": by_language}
+    record = {"loss": mean, "grad_norm": float(each.grad_norm[-1]), **record}
+    if each.by_language is not None:
+        sums = zip(languages, each.by_language.sum(0).tolist(), strict=True)
+        record["loss_by_language"] = {name: loss / count for name, (loss, count) in sums if count}
+    return record
 
 
-def check_skipped(pending: list[steps.Metrics], last: int, config: configs.OptimConfig) -> None:
+def check_skipped(pending: Sequence[Metrics], last: int, config: OptimConfig) -> None:
     """Says which of the steps up to ``last`` were skipped. Raises TrainingError where there were
     more in a row than may be."""
-    for step, one in enumerate(jax.device_get(pending), last - len(pending) + 1):
+    for step, one in enumerate(pending, last - len(pending) + 1):
         if not one.skipped_in_a_row:
             continue
         finite = np.isfinite(one.loss) and np.isfinite(one.grad_norm)
@@ -63,7 +64,7 @@ def check_skipped(pending: list[steps.Metrics], last: int, config: configs.Optim
         say(f"step {step} was skipped: {what}")
 
 
-def describe(record: dict) -> str:
+def describe(record: dict[str, Any]) -> str:
     return (
         f"loss {record.get('loss', math.nan):.4f}  grad norm "
         f"{record.get('grad_norm', math.nan):.2f}  lr {record['learning_rate']:.2e}  "
@@ -72,27 +73,3 @@ def describe(record: dict) -> str:
         + f"  goodput {record['goodput']:.1%}"
         + (f"  skipped {record['skipped']}" if record["skipped"] else "")
     )
-
-
-def evaluate(eval_fn, params, heldout, put, log: metrics.MetricsLog, step: int) -> float | None:
-    """Held-out loss, whole and by language, over every held-out pair once; the whole is returned,
-    None where there is no held-out data."""
-    sums: Counter[str] = Counter()
-    tokens: Counter[str] = Counter()
-    for batch, language in heldout.batches():
-        losses = np.asarray(eval_fn(params, put(batch)))
-        parts = metrics.by_language(losses, batch.loss_mask, language, heldout.languages)
-        for name, (loss, count) in parts.items():
-            sums[name] += loss
-            tokens[name] += count
-    if not tokens:
-        return None
-    whole = sums.total() / tokens.total()
-    by_language = {name: sums[name] / tokens[name] for name in tokens}
-    log.write(step, heldout_loss=whole, heldout_by_language=by_language)
-    worst = sorted(by_language.items(), key=lambda item: -item[1])[:4]
-    say(
-        f"step {step}  held-out loss {whole:.4f}  highest: "
-        + ", ".join(f"{name} {loss:.3f}" for name, loss in worst)
-    )
-    return whole
