@@ -1,6 +1,7 @@
 """Says whether a run fits before it is rented: compiles its step for devices that are not here.
 
-    python -m llmzoo_jax.plan --config=configs/quickstart.py:phoenix --target=v5e:16x16
+    python -m llmzoo_jax.plan --config=configs/phoenix_7b.py \\
+        --hardware=configs/hardware/tpu.py:v5e-256 --target=v5e:16x16
 
 prints memory a device, FLOPs, bytes and collectives, and how long compiling took. Nothing is
 allocated and no device is needed: ``v5e:16x16`` wants ``pip install 'jax[tpu]'`` and ``h200:8``
@@ -10,6 +11,7 @@ allocated and no device is needed: ``v5e:16x16`` wants ``pip install 'jax[tpu]'`
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import re
 import sys
@@ -19,16 +21,25 @@ from typing import NamedTuple
 import jax
 from absl import flags
 
-from llmzoo_jax import cli, hf_config, models, optim, program, sharding, targets
+from llmzoo_jax import (
+    cli,
+    distributed,
+    flops,
+    hf_config,
+    lora,
+    models,
+    optim,
+    program,
+    sharding,
+    targets,
+)
 from llmzoo_jax import config as configs
 from llmzoo_jax import step as steps
 from llmzoo_jax.config import Config, ConfigError, ModelConfig
 from llmzoo_jax.packing import Batch
+from llmzoo_jax.run_flags import CONFIG, HARDWARE
 from llmzoo_jax.targets import Target
 
-CONFIG = flags.DEFINE_string(
-    "config", None, "Config file, as for training; its keys as --config.KEY=VALUE.", required=True
-)
 TARGET = flags.DEFINE_string(
     "target", None, "v5e:16x16, v5p:4x4x4, h200:8, h200:4x8, cpu:8, ...", required=True
 )
@@ -45,6 +56,7 @@ class Plan(NamedTuple):
     compute: configs.ComputeConfig
     compile_seconds: float
     memory: int | None  # that a device has; None: not known
+    peak: float | None  # FLOP/s of a device, dense bfloat16; None: not known
     arguments: int  # parameters, optimiser state, batch
     temporaries: int  # activations, gradients, what collectives bring
     flops: program.Flops  # of all devices, attention as if it computed all scores
@@ -78,11 +90,12 @@ def plan(config: Config, target: Target) -> Plan | DoesNotFit:
     shape = config.data.batch_size, config.data.sequence_length
     batch_sharding = sharding.batch_sharding(mesh, shape)
     with jax.set_mesh(mesh):
-        state = jax.eval_shape(lambda: steps.start_state(models.abstract(model), tx))
+        state = abstract_state(config, model, tx)
         shardings = sharding.tree_shardings(state, mesh)
-        args = placed(state, shardings), abstract_batch(shape, batch_sharding)
+        batch = abstract_batch(shape, batch_sharding)
+        args = placed(state, shardings), batch, batch.positions  # the last: numbers of languages
         compile_for = lambda compute: steps.jit_train_step(  # noqa: E731
-            tx, compute, config.optim.accumulation, shardings
+            tx, compute, config.optim.accumulation, shardings, seed=config.seed, languages=1
         )
         since = time.monotonic()
         try:
@@ -99,11 +112,12 @@ def plan(config: Config, target: Target) -> Plan | DoesNotFit:
     return Plan(
         target=target.name,
         devices=mesh.size,
-        parameters=models.num_params(state.params),
+        parameters=models.num_params(models.abstract(model)),
         tokens=shape[0] * shape[1],
         compute=compute,
         compile_seconds=seconds,
         memory=target.memory,
+        peak=flops.peak_flops(target.devices[0].device_kind, config.compute.peak_flops),
         arguments=memory.argument_size_in_bytes,
         temporaries=memory.temp_size_in_bytes
         + memory.output_size_in_bytes
@@ -111,6 +125,16 @@ def plan(config: Config, target: Target) -> Plan | DoesNotFit:
         flops=counted,
         traffic=program.count_traffic(compiled.as_text()),
     )
+
+
+def abstract_state(config: Config, model: ModelConfig, tx) -> steps.TrainState:
+    """The state of training, all parameters or adapters over a frozen base, as shapes."""
+    whole = models.abstract(model)
+    if config.lora is None:
+        return jax.eval_shape(lambda: steps.start_state(whole, tx))
+    adapters = lora.abstract(config.lora, model)
+    base = jax.eval_shape(functools.partial(lora.freeze, config=config.lora), whole)
+    return jax.eval_shape(lambda: steps.start_state(adapters, tx))._replace(base=base)
 
 
 def resolve_model(config: Config) -> ModelConfig:
@@ -163,7 +187,8 @@ def describe(result: Plan | DoesNotFit) -> str:
         f"and batch + {gib(result.temporaries)} temporaries" + verdict(result),
         f"FLOPs a device     {result.flops_a_device:.3e} a step: "
         f"{result.flops.projections / result.devices:.3e} of projections and logits, "
-        f"{result.flops.attention / 2 / result.devices:.3e} of causal attention",
+        f"{result.flops.attention / 2 / result.devices:.3e} of causal attention"
+        + (f"; {result.flops_a_device / result.peak:.2f} s at its peak" if result.peak else ""),
         f"bytes a device     {traffic.bytes:.3e} of main memory a step",
         "collectives        "
         + (
@@ -193,7 +218,8 @@ def gib(size: float) -> str:
 
 
 def main(overrides: list[str]) -> None:
-    config = configs.load(CONFIG.value, overrides)
+    config = configs.load(CONFIG.value, overrides, HARDWARE.value)
+    distributed.set_environment(config.hardware)  # before JAX starts a device
     # What is compiled for is not here, and a plugin that is installed would look for its device.
     os.environ["JAX_PLATFORMS"] = "cpu"
     jax.config.update("jax_platforms", "cpu")
