@@ -44,10 +44,21 @@ from llmzoo_jax.goodput import TimeLog
 from llmzoo_jax.metrics import say
 from llmzoo_jax.moments import state_bytes
 from llmzoo_jax.profiling import Trace
-from llmzoo_jax.run_flags import CONFIG, HARDWARE
 from llmzoo_jax.summary import check_skipped, describe, summarise
 from llmzoo_jax.tokenizer import load_tokenizer, resolve_format, save_tokenizer
 
+CONFIG = flags.DEFINE_string(
+    "config",
+    None,
+    "Config file, e.g. configs/quickstart.py:phoenix. Any key of it can be set as "
+    "--config.KEY=VALUE.",
+    required=True,
+)
+HARDWARE = flags.DEFINE_string(
+    "hardware",
+    "",
+    "What the config runs on, e.g. configs/hardware/tpu.py:v5e-256: mesh, memory, XLA's flags.",
+)
 COORDINATOR = flags.DEFINE_string(
     "coordinator",
     None,
