@@ -21,7 +21,18 @@ from typing import NamedTuple
 import jax
 from absl import flags
 
-from llmzoo_jax import cli, distributed, hf_config, lora, models, optim, program, sharding, targets
+from llmzoo_jax import (
+    cli,
+    distributed,
+    flops,
+    hf_config,
+    lora,
+    models,
+    optim,
+    program,
+    sharding,
+    targets,
+)
 from llmzoo_jax import config as configs
 from llmzoo_jax import step as steps
 from llmzoo_jax.config import Config, ConfigError, ModelConfig
@@ -39,6 +50,7 @@ class Plan(NamedTuple):
     compute: configs.ComputeConfig
     compile_seconds: float
     memory: int | None  # that a device has; None: not known
+    peak: float | None  # FLOP/s of a device, dense bfloat16; None: not known
     arguments: int  # parameters, optimiser state, batch
     temporaries: int  # activations, gradients, what collectives bring
     flops: program.Flops  # of all devices, attention as if it computed all scores
@@ -74,9 +86,10 @@ def plan(config: Config, target: Target) -> Plan | DoesNotFit:
     with jax.set_mesh(mesh):
         state = abstract_state(config, model, tx)
         shardings = sharding.tree_shardings(state, mesh)
-        args = placed(state, shardings), abstract_batch(shape, batch_sharding)
+        batch = abstract_batch(shape, batch_sharding)
+        args = placed(state, shardings), batch, batch.positions  # the last: numbers of languages
         compile_for = lambda compute: steps.jit_train_step(  # noqa: E731
-            tx, compute, config.optim.accumulation, shardings, seed=config.seed
+            tx, compute, config.optim.accumulation, shardings, seed=config.seed, languages=1
         )
         since = time.monotonic()
         try:
@@ -98,6 +111,7 @@ def plan(config: Config, target: Target) -> Plan | DoesNotFit:
         compute=compute,
         compile_seconds=seconds,
         memory=target.memory,
+        peak=flops.peak_flops(target.devices[0].device_kind, config.compute.peak_flops),
         arguments=memory.argument_size_in_bytes,
         temporaries=memory.temp_size_in_bytes
         + memory.output_size_in_bytes
@@ -167,7 +181,8 @@ def describe(result: Plan | DoesNotFit) -> str:
         f"and batch + {gib(result.temporaries)} temporaries" + verdict(result),
         f"FLOPs a device     {result.flops_a_device:.3e} a step: "
         f"{result.flops.projections / result.devices:.3e} of projections and logits, "
-        f"{result.flops.attention / 2 / result.devices:.3e} of causal attention",
+        f"{result.flops.attention / 2 / result.devices:.3e} of causal attention"
+        + (f"; {result.flops_a_device / result.peak:.2f} s at its peak" if result.peak else ""),
         f"bytes a device     {traffic.bytes:.3e} of main memory a step",
         "collectives        "
         + (

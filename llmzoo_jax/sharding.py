@@ -228,8 +228,8 @@ def per_device(
             return function(*args)
         if any(reasons):
             raise ShardingError(
-                f"the attention kernel can't split {next(filter(None, reasons))}; choose another "
-                "mesh.* or batch, or compute.attention=blocks"
+                f"the mesh does not divide {next(filter(None, reasons))}; choose another mesh.* or "
+                "data.batch_size"
             )
         return jax.shard_map(
             function, in_specs=specs(inputs), out_specs=specs(outputs), check_vma=False

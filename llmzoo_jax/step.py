@@ -17,6 +17,7 @@ from llmzoo_jax.config import ComputeConfig, ModelConfig
 from llmzoo_jax.models import attention
 from llmzoo_jax.packing import Batch
 from llmzoo_jax.sharding import tree_shardings
+from llmzoo_jax.vocabulary_loss import chunked_losses
 
 
 class TrainState(NamedTuple):
@@ -76,58 +77,17 @@ def token_losses(model: nnx.Module, batch: Batch, compute: ComputeConfig) -> jax
         attention=compute.attention,
     )
 
-    def cross_entropy(x, targets, mask):  # [...,D], [...], [...] -> float32 [...]
-        logits = model.logits(x)
-        picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        return jnp.where(mask, jax.nn.logsumexp(logits, axis=-1) - picked, 0.0)
-
     if compute.loss_chunk:
-        return _in_chunks(cross_entropy, hidden, batch, compute.loss_chunk)
-    return cross_entropy(hidden, batch.targets, batch.loss_mask)
-
-
-def _in_chunks(cross_entropy, hidden: jax.Array, batch: Batch, chunk: int) -> jax.Array:
-    """The same losses with about ``chunk`` logits at once, which the backward pass computes again:
-    ``[B,T,V]`` never exists. The loss tokens of a row come first and chunks without any are
-    skipped, so that prompts and padding cost no logits."""
-    B, T, _ = hidden.shape
-    width = max(1, min(T, chunk // B))
-    order = jnp.argsort(~batch.loss_mask, axis=1, stable=True)  # [B,T], loss tokens first
-    inverse = jnp.argsort(order, axis=1)
-    ordered = (
-        _permute(hidden, order, inverse),
-        jnp.take_along_axis(batch.targets, order, axis=1),
-        jnp.take_along_axis(batch.loss_mask, order, axis=1),
-    )
-
-    def split(x):  # [B,T,...] -> [n,B,width,...], padded
-        x = jnp.pad(x, ((0, 0), (0, -T % width)) + ((0, 0),) * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(B, -1, width, *x.shape[2:]), 1, 0)
-
-    def skip(x, targets, mask):
-        return jnp.zeros(mask.shape, jnp.float32)
-
-    @jax.checkpoint
-    def one(args):
-        x, targets, mask = args
-        return jax.lax.cond(mask.any(), cross_entropy, skip, x, targets, mask)
-
-    losses = jax.lax.map(one, jax.tree.map(split, ordered))  # [n,B,width]
-    losses = jnp.moveaxis(losses, 0, 1).reshape(B, -1)[:, :T]
-    return jnp.take_along_axis(losses, inverse, axis=1)
-
-
-@jax.custom_vjp
-def _permute(x: jax.Array, order: jax.Array, inverse: jax.Array) -> jax.Array:
-    """``x[B,T,D]`` with the positions of each row in ``order[B,T]``. The gradient goes through
-    ``inverse``: a gather, where autodiff would scatter."""
-    return jnp.take_along_axis(x, order[:, :, None], axis=1)
-
-
-_permute.defvjp(
-    lambda x, order, inverse: (_permute(x, order, inverse), inverse),
-    lambda inverse, g: (jnp.take_along_axis(g, inverse[:, :, None], axis=1), None, None),
-)
+        return chunked_losses(
+            model.head_table(),
+            hidden,
+            batch.targets,
+            batch.loss_mask,
+            chunk=compute.loss_chunk,
+        )
+    logits = model.logits(hidden)
+    picked = jnp.take_along_axis(logits, batch.targets[..., None], axis=-1)[..., 0]
+    return jnp.where(batch.loss_mask, jax.nn.logsumexp(logits, axis=-1) - picked, 0.0)
 
 
 def loss_and_grads(

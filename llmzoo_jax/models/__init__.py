@@ -1,10 +1,11 @@
 """The model families. A new one is a file in this folder and a row in ``FAMILIES``.
 
-Every family is an ``nnx.Module``, used as a plain pytree, with two methods:
+Every family is an ``nnx.Module``, used as a plain pytree, with three methods:
 
 - ``hidden(tokens[B,T], mask, positions[B,T], *, kv_cache, dtype, remat, attention)`` gives
   ``x[B,T,D]`` after the final norm, and the new cache (None without one);
-- ``logits(x[...,D])`` gives float32 ``[...,V]``.
+- ``logits(x[...,D])`` gives float32 ``[...,V]``;
+- ``head_table()`` gives the ``[V,D]`` of which logits are the products.
 """
 
 from __future__ import annotations

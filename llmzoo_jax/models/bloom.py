@@ -109,3 +109,6 @@ class Bloom(nnx.Module):
 
     def logits(self, x: jax.Array) -> jax.Array:
         return (self.embed if self.head is None else self.head).logits(x)
+
+    def head_table(self) -> jax.Array:
+        return (self.embed if self.head is None else self.head).w[...]
