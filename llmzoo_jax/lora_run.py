@@ -38,7 +38,6 @@ def start_state(config: Config, model: ModelConfig, tx, mesh: Mesh, manager) -> 
         return steps.start_state(adapters, tx)
 
     if manager.latest_step() is not None:
-        say(f"resuming {config.run_dir}")
         abstract = jax.eval_shape(start, lora.abstract(config.lora, model))
         return checkpoint.restore(manager, abstract, mesh)._replace(base=base)
     if config.lora.init_from:
@@ -72,11 +71,8 @@ def load_base(folder: str | Path, model: ModelConfig, config: LoraConfig, mesh: 
 
 def _quantise(proj, name: str, array: np.ndarray, config: LoraConfig, mesh: Mesh) -> nnx.Module:
     """The stacked float32 weight ``array[L,..]`` of a projection, quantised layer by layer."""
-    axes, make = (
-        proj.w.get_metadata()["axes"],
-        functools.partial(lora.quantise, proj, config=config),
-    )
-    whole = sharding.sharding_of(array.shape, axes, mesh, name=name)
+    make = functools.partial(lora.quantise, proj, config=config)
+    whole = sharding.sharding_of(array.shape, proj.w.get_metadata()["axes"], mesh, name=name)
     layout = sharding.tree_shardings(jax.eval_shape(make, array[:1]), mesh)
     quantise = jax.jit(make, out_shardings=layout)
     layers = [quantise(distributed.place(array[i : i + 1], whole)) for i in range(len(array))]
