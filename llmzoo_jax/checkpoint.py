@@ -24,7 +24,6 @@ from typing import Any, Literal
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from flax import nnx
 from jax.experimental import multihost_utils
 
 from llmzoo_jax import config as configs
@@ -37,23 +36,10 @@ from llmzoo_jax.step import TrainState
 
 # What may change between a run and its continuation: where it runs and what it prints.
 FREE_KEYS = (
-    "run_dir",
-    "log_every",
-    "eval_every",
-    "save_every",
-    "keep_checkpoints",
-    "keep_best",
-    "mesh.",
-    "hardware.",
-    "optim.max_skipped",
-    "compute.remat",
-    "compute.loss_chunk",
-    "optim.accumulation",
-    "data.cache_dir",
-    "data.worker",
-    "data.heldout",
-)
-
+    "run_dir", "log_every", "eval_every", "save_every", "keep_checkpoints", "keep_best", "mesh.",
+    "hardware.", "optim.max_skipped", "optim.accumulation", "compute.remat", "compute.loss_chunk",
+    "compute.peak_flops", "data.cache_dir", "data.worker", "data.heldout",
+)  # fmt: skip
 
 Step = int | Literal["latest", "best"]  # a checkpoint of a run; best: by its held-out loss
 
@@ -81,7 +67,7 @@ def claim(config: Config, model: ModelConfig) -> None:
         different = {
             key: values
             for key, values in configs.differences(ours, theirs).items()
-            if not key.startswith(FREE_KEYS)
+            if not key.startswith(FREE_KEYS) and not (config.lora and key == "init_from")
         }
         if different:
             lines = [f"  {key}: now {a!r}, there {b!r}" for key, (a, b) in different.items()]
@@ -260,11 +246,10 @@ def restore(manager: ocp.CheckpointManager, abstract: TrainState, mesh) -> Train
     )
 
 
-def restore_params(
-    run_dir: str | Path, config: ModelConfig, *, step: Step = "latest"
-) -> nnx.Module:
-    """The model of a checkpoint of a run, without its optimiser, on one device."""
-    abstract = models.abstract(config)
+def restore_params(run_dir: str | Path, of: ModelConfig | Any, *, step: Step = "latest") -> Any:
+    """What a checkpoint of a run holds without its optimiser, on one device: the model of a config
+    or, of a LoRA run, adapters like the abstract ones."""
+    abstract = models.abstract(of) if isinstance(of, ModelConfig) else of
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = {
         f"params.{name}": jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device)
@@ -371,8 +356,8 @@ def _move_aside(manager: ocp.CheckpointManager, step: int) -> Path:
 
 
 def named(state: TrainState) -> dict[str, Any]:
-    """A flat dict, so that a checkpoint can be read without this code."""
+    """A flat dict, so that a checkpoint can be read without this code. LoRA's base is not in it."""
     leaves = {}
-    for name, x in named_leaves(state).items():
+    for name, x in named_leaves(state._replace(base=None)).items():
         leaves[name] = x if hasattr(x, "sharding") else np.asarray(x)
     return leaves

@@ -99,6 +99,7 @@ class ComputeConfig:
     # that grows with T; "scores" holds T x T (the reference); "auto" = the fastest.
     attention: Literal["auto", "blocks", "splash", "triton", "scores"] = "auto"
     loss_chunk: int = 0  # tokens of which logits are held at once; 0 = all of them
+    peak_flops: float = 0.0  # FLOP/s of a device, for MFU; 0 = of its kind (flops.PEAK_FLOPS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,8 +125,14 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW. The defaults are LLM Zoo's: 2e-5, cosine, 3 % warm-up, no weight decay, 3 epochs."""
+    """The defaults are LLM Zoo's: AdamW, 2e-5, cosine, 3 % warm-up, no weight decay, 3 epochs.
 
+    ``b1`` is the decay of the first moment (Adafactor: 0 for none), ``b2`` of the second (Lion: of
+    its momentum; Muon: of Adam's, for what is no matrix of a layer).
+    """
+
+    optimizer: Literal["adamw", "adafactor", "lion", "muon"] = "adamw"
+    state_dtype: Literal["float32", "bfloat16", "int8"] = "float32"  # of moments, between steps
     learning_rate: float = 2e-5
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_ratio: float = 0.03
@@ -156,6 +163,22 @@ class MeshConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters (Hu et al., 2021), trained while the weights of ``init_from`` are frozen.
+
+    The defaults are LLM Zoo's. ``quantise`` makes it QLoRA (Dettmers et al., 2023).
+    """
+
+    rank: int = 16
+    alpha: float = 16.0  # what an adapter adds is scaled by alpha / rank
+    dropout: float = 0.05  # of an adapter's input, in training
+    targets: tuple[str, ...] = ()  # HF's names; empty: q_, k_, v_, o_proj or query_key_value
+    init_from: str = ""  # PEFT folder to start from; empty: adapters that change nothing yet
+    base_dtype: Literal["float32", "bfloat16"] = "float32"  # of the frozen weights ...
+    quantise: Literal["none", "int8", "nf4"] = "none"  # ... but for the layers' projections
+
+
+@dataclass(frozen=True, kw_only=True)
 class Hardware:
     """What a target needs, beside its own keys of the config; a file of ``configs/hardware``."""
 
@@ -176,6 +199,7 @@ class Config:
     model: BloomConfig | LlamaConfig | None = None  # None: the one in init_from
     init_from: str = ""  # Hugging Face folder to start from; empty: random
     chat_format: str = "phoenix"
+    lora: LoraConfig | None = None  # None: all weights are trained
     optim: OptimConfig = field(default_factory=OptimConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
@@ -258,14 +282,28 @@ def override(config: Any, key: str, text: str, *, _prefix: str = "") -> Any:
             + _did_you_mean([_prefix + n for n in near])
             + f" ({_prefix[:-1] or 'the config'} has {', '.join(names)})"
         )
-    value = getattr(config, name)
+    value, hint = getattr(config, name), typing.get_type_hints(type(config))[name]
     if rest:
+        if value is None:
+            value = _default(hint)
         if not dataclasses.is_dataclass(value):
-            raise ConfigError(f"--config.{where} is a value and has no key {rest!r}")
+            what = "not set in the config file" if value is None else "a value"
+            raise ConfigError(f"--config.{where} is {what} and has no key {rest!r}")
         value = override(value, rest, text, _prefix=where + ".")
         return dataclasses.replace(config, **{name: value})
-    hint = typing.get_type_hints(type(config))[name]
     return dataclasses.replace(config, **{name: _parse(text, hint, where)})
+
+
+def _default(hint: Any) -> Any:
+    """What ``hint`` is where one of its keys is set and it was None: the only dataclass in it, if
+    that has a default for every field (``lora.rank=8`` makes a LoRA run); else None."""
+    options = [a for a in typing.get_args(hint) if dataclasses.is_dataclass(a)]
+    if len(options) != 1:
+        return None
+    fields = dataclasses.fields(options[0])
+    missing = dataclasses.MISSING
+    whole = all(f.default is not missing or f.default_factory is not missing for f in fields)
+    return options[0]() if whole else None
 
 
 def _parse(text: str, hint: Any, where: str) -> Any:
@@ -332,3 +370,8 @@ def model_from_dict(tree: dict[str, Any]) -> ModelConfig:
     if tree["family"] == "llama":
         return LlamaConfig(**tree | {"rope": RopeConfig(**tree["rope"])})
     return BloomConfig(**tree)
+
+
+def lora_from_dict(tree: dict[str, Any] | None) -> LoraConfig | None:
+    """The inverse of ``to_dict`` for ``Config.lora``."""
+    return None if tree is None else LoraConfig(**tree | {"targets": tuple(tree["targets"])})

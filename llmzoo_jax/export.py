@@ -2,28 +2,33 @@
 
     python -m llmzoo_jax.export --run=runs/quickstart-phoenix
     python -m llmzoo_jax.export --run=runs/quickstart-phoenix --step=best
+    python -m llmzoo_jax.export --run=runs/phoenix-7b-lora --adapter
 
 The folder has safetensors with their index, config.json, generation_config.json, the tokenizer
 with its chat template, a model card with the figures of the run, and its loss plot; transformers
-and llmzoo_jax.load read it. It appears whole or not at all. The same command again replaces it by
+and llmzoo_jax.load read it. Of a LoRA run that is the merged model; --adapter writes the adapter
+alone, as a folder of PEFT. It appears whole or not at all. The same command again replaces it by
 an export of the checkpoint that is then the newest, or the best one by its held-out loss.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from absl import flags
 from safetensors import SafetensorError
 
-from llmzoo_jax import checkpoint, cli, hf, model_card, models
+from llmzoo_jax import checkpoint, cli, hf, lora, lora_run, model_card, models, peft_format
 from llmzoo_jax import config as configs
+from llmzoo_jax.config import LoraConfig
 from llmzoo_jax.errors import InputError
 from llmzoo_jax.inference import stop_token_ids
 from llmzoo_jax.metrics import say
@@ -33,7 +38,7 @@ from llmzoo_jax.tokenizer import load_tokenizer, resolve_format
 FILES = (
     "model-*-of-*.safetensors", "model.safetensors.index.json", "config.json",
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
-    "special_tokens_map.json", "README.md", "loss.png",
+    "special_tokens_map.json", "README.md", "loss.png", peft_format.CONFIG, peft_format.WEIGHTS,
 )  # fmt: skip
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -50,14 +55,18 @@ def export(
     dtype: str = "float32",
     max_shard_size: str = "5GB",
     overwrite: bool = False,
+    content: Literal["model", "adapter"] = "model",
 ) -> Path:
-    """Writes a checkpoint of the folder ``run`` to ``out`` (``run/export``); returns it.
+    """Writes a checkpoint of the folder ``run`` to ``out``; returns it.
+
+    ``content`` is a whole model (to ``run/export``) or, of a LoRA run, the adapter as PEFT has it,
+    in float32 (to ``run/adapter``).
 
     Raises ExportError where ``out`` is something else than an earlier export (unless
     ``overwrite``) or can't be written, RunError where there is no checkpoint or no room.
     """
     run = Path(run)
-    out = Path(out or run / "export")
+    out = Path(out or run / {"model": "export", "adapter": "adapter"}[content])
     limit = _bytes(max_shard_size)
     if dtype not in ("float32", "bfloat16"):
         raise ExportError(f"--dtype={dtype}: float32 or bfloat16")
@@ -65,14 +74,29 @@ def export(
     _check_target(out, run, overwrite)
     out.parent.mkdir(parents=True, exist_ok=True)
     model_config = configs.model_from_dict(config["model"])
-    size = models.num_params(models.abstract(model_config)) * (2 if dtype == "bfloat16" else 4)
+    if content == "adapter":
+        lora_config = _lora_config(run, config, dtype)
+        abstract = lora.abstract(lora_config, model_config)
+        restore = functools.partial(checkpoint.restore_params, run, abstract)
+    else:
+        abstract = models.abstract(model_config)
+        restore = functools.partial(lora_run.restore_model, run, model_config)
+    num_params = models.num_params(abstract)
+    size = num_params * (2 if dtype == "bfloat16" else 4)
     checkpoint.check_space(out.parent, size, f"the export of {run}")
-    number, model = _read(run, model_config, step)
+    number, params = _read(run, step, restore)
 
     part = out.with_name(f".{out.name}.{os.getpid()}.part")
     try:
         part.mkdir()
-        _write(part, run, config, model_config, model, number, dtype, limit)
+        _write_about(part, run, config, content, num_params, number, dtype)
+        if content == "adapter":
+            base = lora_run.read_base(run)["folder"]
+            peft_format.save(part, params, lora_config, model_config, base=base)
+        else:
+            _write_model(part, params, config, model_config, dtype, limit)
+        for path in part.glob("*.safetensors"):  # safetensors writes for the owner only
+            shutil.copymode(part / "README.md", path)
         _replace(part, out)
     except (OSError, SafetensorError) as error:
         raise ExportError(
@@ -84,15 +108,35 @@ def export(
     return out
 
 
-def _write(part: Path, run: Path, config, model_config, model, step, dtype, limit) -> None:
-    """Everything that an export holds, into the empty folder ``part``."""
+def _lora_config(run: Path, config: dict[str, Any], dtype: str) -> LoraConfig:
+    if config.get("lora") is None:
+        raise ExportError(f"--adapter: {run} trained all weights; only a LoRA run has adapters")
+    if dtype != "float32":
+        raise ExportError(f"--adapter writes float32, not --dtype={dtype}")
+    return configs.lora_from_dict(config["lora"])
+
+
+def _write_about(part: Path, run: Path, config, content, num_params, step, dtype) -> None:
+    """Tokenizer, model card and loss plot, into the empty folder ``part``."""
     shutil.copytree(run / "tokenizer", part, dirs_exist_ok=True)
+    chat_format = resolve_format(config["chat_format"], load_tokenizer(part))
+    plot = "loss.png" if (run / "loss.png").is_file() else None
+    if plot:
+        shutil.copyfile(run / plot, part / plot)
+    card = model_card.write(
+        run, config, content=content, step=step, chat_format=chat_format, num_params=num_params,
+        dtype=dtype, plot=plot,
+    )  # fmt: skip
+    (part / "README.md").write_text(card, encoding="utf-8")
+
+
+def _write_model(part: Path, model, config, model_config, dtype, limit) -> None:
+    """Weights, config.json and generation_config.json, beside the tokenizer in ``part``."""
     tokenizer = load_tokenizer(part)
-    chat_format = resolve_format(config["chat_format"], tokenizer)
     names = ("bos", "eos", "pad")
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in names}
     _write_json(part / "config.json", hf.config_to_hf(model_config, dtype=dtype) | ids)
-    stops = stop_token_ids(tokenizer, chat_format)
+    stops = stop_token_ids(tokenizer, resolve_format(config["chat_format"], tokenizer))
     generation = ids | {
         "eos_token_id": list(stops) if len(stops) > 1 else next(iter(stops), None),
         "pad_token_id": next((i for i in (ids["pad_token_id"], *stops) if i is not None), None),
@@ -100,28 +144,19 @@ def _write(part: Path, run: Path, config, model_config, model, step, dtype, limi
     }
     generation = {key: value for key, value in generation.items() if value is not None}
     _write_json(part / "generation_config.json", generation)
-    plot = "loss.png" if (run / "loss.png").is_file() else None
-    if plot:
-        shutil.copyfile(run / plot, part / plot)
-    card = model_card.write(
-        run, config, step=step, chat_format=chat_format, num_params=models.num_params(model),
-        dtype=dtype, plot=plot,
-    )  # fmt: skip
-    (part / "README.md").write_text(card, encoding="utf-8")
-    for name in hf.save_params(part, model, model_config, dtype=dtype, max_shard_bytes=limit):
-        shutil.copymode(part / "config.json", part / name)  # safetensors writes for the owner only
+    hf.save_params(part, model, model_config, dtype=dtype, max_shard_bytes=limit)
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _read(run: Path, model_config, step: checkpoint.Step) -> tuple[int, Any]:
-    """(step, model) of a checkpoint, also while training goes on, saves more and deletes some."""
+def _read(run: Path, step: checkpoint.Step, restore: Callable[..., Any]) -> tuple[int, Any]:
+    """(step, parameters) of a checkpoint, also while training saves more and deletes some."""
     while True:
         number = checkpoint.find_step(run, step)
         try:
-            return number, checkpoint.restore_params(run, model_config, step=number)
+            return number, restore(step=number)
         except checkpoint.DamagedError:
             if checkpoint.find_step(run, step) == number:
                 raise
@@ -181,6 +216,7 @@ def main(_) -> None:
         dtype=DTYPE.value,
         max_shard_size=MAX_SHARD_SIZE.value,
         overwrite=OVERWRITE.value,
+        content="adapter" if ADAPTER.value else "model",
     )
     size = sum(path.stat().st_size for path in out.iterdir())
     say(f"exported to {out} ({size / 1e6:,.1f} MB); try python -m serving.chat --model={out}")
@@ -188,7 +224,9 @@ def main(_) -> None:
 
 if __name__ == "__main__":
     RUN = flags.DEFINE_string("run", None, "Run folder to export.", required=True)
-    OUT = flags.DEFINE_string("out", None, "Folder to write; RUN/export where it is not given.")
+    OUT = flags.DEFINE_string(
+        "out", None, "Folder to write; RUN/export, or RUN/adapter, where it is not given."
+    )
     STEP = flags.DEFINE_string(
         "step",
         "latest",
@@ -200,5 +238,8 @@ if __name__ == "__main__":
     )
     OVERWRITE = flags.DEFINE_bool(
         "overwrite", False, "Delete --out even where it is no earlier export."
+    )
+    ADAPTER = flags.DEFINE_bool(
+        "adapter", False, "Of a LoRA run: the adapter alone, as PEFT has it, not the merged model."
     )
     cli.run(main)

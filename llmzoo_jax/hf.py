@@ -7,10 +7,12 @@ known to be harmless, or an error.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -106,10 +108,21 @@ def load_params(
 ) -> Any:
     """Reads the safetensors of ``folder`` into a model, one parameter in host memory at a time.
 
-    ``place(name, float32 array)`` puts a parameter on the devices. Raises CheckpointError for a
-    missing, unexpected or misshapen tensor; nothing is filled in and nothing is ignored.
+    ``place(name, float32 array)`` puts a parameter on the devices. Raises as ``read_params``.
     """
+    placed = {name: place(name, array) for name, array in read_params(folder, config)}
     abstract = models.abstract(config)
+    return jax.tree.unflatten(
+        jax.tree.structure(abstract), [placed[n] for n in named_leaves(abstract)]
+    )
+
+
+def read_params(folder: str | Path, config: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
+    """Our name and float32 array of every parameter in the safetensors of ``folder``.
+
+    Raises CheckpointError for a missing, unexpected or misshapen tensor; nothing is filled in and
+    nothing is ignored.
+    """
     with ExitStack() as stack:
         tensors = _open_tensors(Path(folder), stack)
         if config.family == "bloom" and "word_embeddings.weight" in tensors:
@@ -118,7 +131,7 @@ def load_params(
                 name if name.startswith("lm_head.") else f"transformer.{name}": tensor
                 for name, tensor in tensors.items()
             }
-        placed, used = {}, set()
+        used = set()
         for ours, theirs, pattern, sizes, their_shape in _rows(config):
 
             def read(name: str, pattern=pattern, sizes=sizes, shape=their_shape) -> np.ndarray:
@@ -134,7 +147,7 @@ def load_params(
                     array[layer] = read(theirs.format(l=layer))
             else:
                 array = read(theirs)
-            placed[ours] = place(ours, np.ascontiguousarray(array, dtype=np.float32))
+            yield ours, np.ascontiguousarray(array, dtype=np.float32)
         if config.tie_embeddings and "lm_head.weight" in tensors:
             # Some tools save the tied head a second time; it must then be the same.
             used.add("lm_head.weight")
@@ -150,9 +163,18 @@ def load_params(
                 f"{folder}: unexpected tensors {_few(extra)}; config.json describes a model "
                 "without them"
             )
-    return jax.tree.unflatten(
-        jax.tree.structure(abstract), [placed[n] for n in named_leaves(abstract)]
-    )
+
+
+def content_hash(folder: str | Path) -> str:
+    """SHA-256 over the safetensors of a folder, whatever their names and dates."""
+
+    def one(path: Path) -> bytes:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").digest()
+
+    with ThreadPoolExecutor() as pool:
+        digests = list(pool.map(one, sorted(Path(folder).glob("*.safetensors"))))
+    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
 
 
 def _open_tensors(folder: Path, stack: ExitStack) -> dict[str, Callable[[], np.ndarray]]:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llmzoo_jax import checkpoint, hf, models
+from llmzoo_jax import checkpoint, hf, lora_run, models, peft_format
 from llmzoo_jax import config as configs
 from llmzoo_jax import generate as decoding
 from llmzoo_jax.config import LlamaConfig, ModelConfig
@@ -278,13 +278,14 @@ def load_model(
     path = Path(path)
     if dtype not in ("float32", "bfloat16"):
         raise LoadError(f"dtype={dtype!r}: float32 or bfloat16")
-    if not (path / "config.json").is_file():
+    if not any((path / name).is_file() for name in ("config.json", peft_format.CONFIG)):
         what = "it has no config.json" if path.is_dir() else "no such folder"
         raise LoadError(f"{path}: {what}; give a Hugging Face folder or a run folder")
-    if is_run(path):
+    is_adapter = not (path / "config.json").is_file()
+    if not is_adapter and is_run(path):
         loaded = _from_run(path, jnp.dtype(dtype), step)
     elif step == "latest":
-        loaded = _from_hf(path, jnp.dtype(dtype))
+        loaded = (_from_peft if is_adapter else _from_hf)(path, jnp.dtype(dtype))
     else:
         raise LoadError(f"{path}: step={step!r} is for a run folder; this is a Hugging Face folder")
     config, tokenizer, chat_format, params, more_stops = loaded
@@ -309,16 +310,39 @@ def _from_run(path: Path, dtype: jnp.dtype, step: checkpoint.Step):
     config = configs.model_from_dict(run["model"])
     tokenizer = load_tokenizer(path / "tokenizer")
     chat_format = resolve_format(run["chat_format"], tokenizer)
-    params = checkpoint.restore_params(path, config, step=step)
+    params = lora_run.restore_model(path, config, step=step)
     return config, tokenizer, chat_format, jax.tree.map(lambda x: x.astype(dtype), params), ()
+
+
+def _from_peft(path: Path, dtype: jnp.dtype):
+    """An adapter, merged into its base; with the tokenizer beside it, else the base's."""
+    base = Path(peft_format.read_json(path).get("base_model_name_or_path") or "")
+    if not (base / "config.json").is_file():
+        raise LoadError(
+            f"{path}/{peft_format.CONFIG}: base_model_name_or_path is {str(base)!r}, which is no "
+            "folder with a model here; download it, and write where it is"
+        )
+    config = hf.read_config(base)
+    tokenizer, chat_format = _tokenizer(path) if _has_tokenizer(path) else _tokenizer(base)
+    params = jax.tree.map(lambda x: x.astype(dtype), lora_run.load_peft(path, base, config))
+    return config, tokenizer, chat_format, params, _eos_ids(base)
+
+
+def _has_tokenizer(path: Path) -> bool:
+    return any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+
+
+def _tokenizer(path: Path):
+    """(tokenizer, format) of a folder, None where it has none."""
+    if not _has_tokenizer(path):
+        return None, None
+    tokenizer = load_tokenizer(path)
+    return tokenizer, find_format(tokenizer)
 
 
 def _from_hf(path: Path, dtype: jnp.dtype):
     config = hf.read_config(path)
-    tokenizer = chat_format = None
-    if any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
-        tokenizer = load_tokenizer(path)
-        chat_format = find_format(tokenizer)
+    tokenizer, chat_format = _tokenizer(path)
     params = hf.load_params(path, config, place=lambda name, x: jnp.asarray(x, dtype))
     return config, tokenizer, chat_format, params, _eos_ids(path)
 

@@ -20,6 +20,13 @@ from tqdm import tqdm
 
 from llmzoo_jax.errors import InputError
 
+COLOURS = {"training": "#9aa5b1", "held out": "#c2410c"}
+
+
+def writes() -> bool:
+    """Whether this process is the one that writes."""
+    return jax.process_index() == 0
+
 
 class MetricsError(InputError):
     """A file of metrics can't be written; the message names it."""
@@ -73,11 +80,6 @@ _PREFIX = "run"
 register_writer_factory(_PREFIX, _EventFiles())
 
 
-def writes() -> bool:
-    """Whether this process is the one that writes."""
-    return jax.process_index() == 0
-
-
 class MetricsLog:
     """Appends records ``{"step": ..., name: number}`` to metrics.jsonl and TensorBoard.
 
@@ -107,9 +109,9 @@ class MetricsLog:
     def write(self, step: int, **values: Any) -> None:
         if not writes():
             return
-        line = json.dumps({"step": step, **values}) + "\n"
+        line = json.dumps({"step": step, **values}).encode() + b"\n"
         with _named(self.path):
-            if self._file.write(line.encode()) < len(line.encode()):
+            if self._file.write(line) < len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         for name, value in values.items():
             group = {name: value} if not isinstance(value, dict) else value
@@ -150,8 +152,8 @@ def by_language(
 
 
 def plot(run_dir: str | Path, *, title: str) -> Path | None:
-    """Draws loss.png from metrics.jsonl: training and held-out loss by step, and the newest
-    held-out loss by language. None where there is nothing to draw yet."""
+    """Draws loss.png from metrics.jsonl: training and held-out loss by step, and the newest of both
+    by language. None where there is nothing to draw yet."""
     if not writes():
         return None
     import matplotlib
@@ -162,25 +164,42 @@ def plot(run_dir: str | Path, *, title: str) -> Path | None:
     records = read(run_dir)
     train = [(r["step"], r["loss"]) for r in records if "loss" in r]
     held = [(r["step"], r["heldout_loss"]) for r in records if "heldout_loss" in r]
-    languages = [r["heldout_by_language"] for r in records if r.get("heldout_by_language")]
+    languages = {
+        label: newest[-1]
+        for label, key in (("training", "loss_by_language"), ("held out", "heldout_by_language"))
+        if (newest := [r[key] for r in records if r.get(key)])
+    }
     if not train:
         return None
     figure, axes = plt.subplots(
         1, 2 if languages else 1, figsize=(11 if languages else 6.5, 4.2), squeeze=False, dpi=120
     )
     left = axes[0, 0]
-    left.plot(*zip(*train, strict=True), label="training", color="#9aa5b1", linewidth=1.3)
+    left.plot(*zip(*train, strict=True), label="training", color=COLOURS["training"], linewidth=1.3)
     if held:
-        left.plot(*zip(*held, strict=True), "o-", label="held out", color="#c2410c", markersize=4)
+        left.plot(
+            *zip(*held, strict=True),
+            "o-",
+            label="held out",
+            color=COLOURS["held out"],
+            markersize=4,
+        )
     left.set(xlabel="step", ylabel="loss (nats a token)", title=title)
     left.set_ylim(bottom=0)
     left.legend(frameon=False)
     left.grid(alpha=0.25)
     if languages:
         right = axes[0, 1]
-        items = sorted(languages[-1].items(), key=lambda item: -item[1])
-        right.barh([name for name, _ in items], [loss for _, loss in items], color="#c2410c")
-        right.set(xlabel="loss (nats a token)", title="held out, by language")
+        first = languages.get("held out") or languages["training"]
+        names = sorted(set().union(*languages.values()), key=lambda name: -first.get(name, 0.0))
+        height = 0.8 / len(languages)
+        for i, (label, losses) in enumerate(languages.items()):
+            places = [n + (i - (len(languages) - 1) / 2) * height for n in range(len(names))]
+            values = [losses.get(name, 0.0) for name in names]
+            right.barh(places, values, height, label=label, color=COLOURS[label])
+        right.set_yticks(range(len(names)), names)
+        right.set(xlabel="loss (nats a token)", title="by language")
+        right.legend(frameon=False, loc="lower right")
         right.tick_params(axis="y", labelsize=8)
         right.grid(alpha=0.25, axis="x")
     figure.tight_layout()

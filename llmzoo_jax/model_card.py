@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tqdm import tqdm
 
@@ -21,6 +21,7 @@ from llmzoo_jax.conversation import (
     read_jsonl,
     render,
 )
+from llmzoo_jax.lora import DEFAULT_TARGETS
 
 MARK = "<!-- written by llmzoo_jax.export -->"  # how an earlier export is known as one
 
@@ -95,8 +96,8 @@ def _count(found: Survey, item: Conversation) -> None:
 
 
 def write(
-    run_dir: Path, run: dict[str, Any], *, step: int, chat_format: ChatFormat, num_params: int,
-    dtype: str, plot: str | None,
+    run_dir: Path, run: dict[str, Any], *, content: Literal["model", "adapter"], step: int,
+    chat_format: ChatFormat, num_params: int, dtype: str, plot: str | None,
 ) -> str:  # fmt: skip
     """The model card, as Markdown. ``run`` is the resolved config, ``plot`` a file beside it."""
     data = run["data"]
@@ -107,8 +108,8 @@ def write(
     messages = train.example.messages if train.example else [Message("user", "Hello!")]
     question = next(m.content for m in messages if m.role == "user")
     sections = [
-        _front_matter(run, train, base),
-        f"# {name}\n\n{_summary(run, chat_format, num_params, dtype, base)}",
+        _front_matter(run, train, base, content),
+        f"# {name}\n\n{_summary(run, content, num_params, dtype, base)}",
         "## Use\n\n" + USE.replace("QUESTION", json.dumps(question, ensure_ascii=False)),
         _chat_section(chat_format, train.example),
         _data_section(train, heldout),
@@ -124,7 +125,7 @@ def base_model(init_from: str) -> str:
     return f"{hub[1]}/{hub[2]}" if hub else Path(init_from).name
 
 
-def _front_matter(run: dict, train: Survey, base: str) -> str:
+def _front_matter(run: dict, train: Survey, base: str, content: str) -> str:
     """Quoted values, as YAML would take the language "no" for false."""
     languages = sorted(x for x in train.languages if x and x != "und")
     sources = sorted({source for source, _ in train.sources if re.fullmatch(r"[\w./-]+", source)})
@@ -132,7 +133,8 @@ def _front_matter(run: dict, train: Survey, base: str) -> str:
     fields: dict[str, Any] = {"language": languages}
     if not base and not train.missing and len(licences) == 1 and "" not in licences:
         fields["license"] = licences.pop().lower()  # what a base model adds to it, no file says
-    fields |= {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    library = {"model": "transformers", "adapter": "peft"}[content]
+    fields |= {"library_name": library, "pipeline_tag": "text-generation"}
     fields["base_model"] = base if "/" in base else ""
     fields["tags"] = ["llmzoo_jax", run["model"]["family"], "conversational"]
     fields["datasets"] = sources
@@ -145,10 +147,15 @@ def _front_matter(run: dict, train: Survey, base: str) -> str:
     return "\n".join(["---", *lines, "---"])
 
 
-def _summary(run: dict, chat_format: ChatFormat, num_params: int, dtype: str, base: str) -> str:
+def _summary(run: dict, content: str, num_params: int, dtype: str, base: str) -> str:
     family = {"bloom": "BLOOM", "llama": "LLaMA"}.get(
         run["model"]["family"], run["model"]["family"]
     )
+    if content == "adapter":
+        return (
+            f"A LoRA adapter with {num_params:,} parameters for the {family} model `{base}`, "
+            "trained with llmzoo_jax. Loading it needs `peft` and that model."
+        )
     start = f"fine-tuned from `{base}`" if base else "trained from random weights"
     return (
         f"A chat model of the {family} architecture with {num_params:,} parameters ({dtype}), "
@@ -218,6 +225,11 @@ def _training_section(run: dict, records: list[dict], step: int, plot: str | Non
         tokens = float(f"{B * T * packed:.3g}")
         rows.append(("tokens", f"about {tokens:,.0f} (rows {packed / steps[-1]:.1%} full)"))
     rows.append(("learning rate", f"{optim['learning_rate']:g}, {optim['schedule']}"))
+    if lora := run.get("lora"):
+        on = ", ".join(lora["targets"] or DEFAULT_TARGETS[run["model"]["family"]])
+        rows.append(("LoRA", f"rank {lora['rank']}, alpha {lora['alpha']:g} on {on}"))
+        if lora["quantise"] != "none":
+            rows.append(("frozen weights", lora["quantise"]))
     rows.append(("computed in", run["compute"]["dtype"]))
     if losses:
         rows.append(("training loss, last recorded", f"{losses[-1]['loss']:.4f}"))

@@ -51,6 +51,20 @@ def test_an_override_has_the_type_of_its_field(text, want, minimal):
     assert type(value) is type(want)
 
 
+def test_a_key_of_lora_makes_a_lora_run_and_none_unmakes_it(minimal):
+    assert config.load(minimal).lora is None
+    some = config.load(minimal, ["lora.rank=8", "lora.targets=q_proj,v_proj"])
+    assert some.lora == config.LoraConfig(rank=8, targets=("q_proj", "v_proj"))
+    assert config.load(minimal, ["lora.rank=8", "lora=none"]).lora is None
+    with pytest.raises(ConfigError, match=r"unknown key 'rnk'; did you mean 'lora\.rank'"):
+        config.load(minimal, ["lora.rnk=8"])
+    with pytest.raises(ConfigError, match=r"config\.model is not set in the config file"):
+        config.load(minimal, ["model.vocab_size=8"])  # of which family?
+    saved = config.to_dict(some)["lora"]
+    assert config.lora_from_dict(saved) == some.lora
+    assert config.lora_from_dict(None) is None
+
+
 def test_an_override_leaves_the_rest_and_the_last_one_wins(minimal):
     plain = config.load(minimal)
     changed = config.load(minimal, ["optim.b2=0.9", "seed=1", "optim.b2=0.95"])
@@ -77,7 +91,7 @@ def test_keys_of_the_model_can_be_set(repository, monkeypatch):
     ("text", "message"),
     [
         ("optim.learning_rte=1", r"optim\.learning_rte: unknown key 'learning_rte'; "
-         r"did you mean 'optim\.learning_rate'\? \(optim has learning_rate, schedule, "),
+         r"did you mean 'optim\.learning_rate'\? \(optim has optimizer, state_dtype, "),
         ("sede=1", r"--config\.sede: unknown key 'sede'; did you mean 'seed'\? \(the config has "),
         ("optim.zzzzzz=1", r"unknown key 'zzzzzz' \(optim has "),
         ("seed.a=1", r"--config\.seed is a value and has no key 'a'"),

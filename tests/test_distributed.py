@@ -161,7 +161,7 @@ def test_two_processes_with_shared_rows_train_to_the_losses_of_one(two, folder):
 
 
 def test_one_process_goes_on_where_two_stopped_with_the_losses_of_an_undisturbed_run(two, folder):
-    assert f"resuming {folder / 'two-fsdp'} at step 2" in (folder / "process0.log").read_text()
+    assert " at step 2" in (folder / "process0.log").read_text()
     assert_equal_losses(folder / "two-fsdp", folder / "one-fsdp", 0.0)
 
 
@@ -199,6 +199,30 @@ def test_four_processes_go_on_where_two_stopped(folder):
     undisturbed = [run_of(folder, "undisturbed", (1, 2, 1, 1))]
     train_in(2, 1, folder, undisturbed)
     assert_equal_losses(folder / "grown", folder / "undisturbed", 1e-6)
+
+
+@pytest.mark.slow
+def test_two_processes_train_adapters_on_an_int8_base_to_the_losses_of_one(folder):
+    """One of them is stopped, and both go on; the base is read again by each."""
+    from llmzoo_jax import config, hf
+    from tests.parity import random_model
+
+    model = config.load(str(folder / "config.py")).model
+    base = folder / "base"
+    base.mkdir()
+    (base / "config.json").write_text(json.dumps(hf.config_to_hf(model, dtype="float32")))
+    weights = random_model(model, seed=2, scale=0.1)
+    hf.save_params(base, weights, model, dtype="float32", max_shard_bytes=10**9)
+    keys = [f"init_from={base}", "lora.rank=4", "lora.quantise=int8", "lora.dropout=0.1"]
+
+    def run(name: str, **more) -> list[dict]:
+        one = run_of(folder, name, (1, 2, 1, 1), **more)
+        return [one | {"overrides": one["overrides"] + keys}]
+
+    assert train_in(2, 1, folder, run("two-lora", signal=[1, 1])) == [[0], [0]]
+    assert train_in(2, 1, folder, run("two-lora")) == [[None]] * 2
+    assert train_in(1, 2, folder, run("one-lora")) == [[None]]
+    assert_equal_losses(folder / "two-lora", folder / "one-lora", 0.0)
 
 
 # --- rows, flags --------------------------------------------------------------------------------

@@ -72,7 +72,7 @@ def test_weights_are_bit_exact_over_several_shards(kind, runs, exports):
 def test_an_export_that_a_run_starts_from_comes_out_bit_exact(kind, exports, tmp_path):
     run = make_run(tmp_path / "run", kind, init_from=str(exports[kind]))
     shutil.rmtree(run / "checkpoints")
-    config = SimpleNamespace(init_from=str(exports[kind]), run_dir=str(run))
+    config = SimpleNamespace(init_from=str(exports[kind]), run_dir=str(run), lora=None)
     tx, mesh = make_optimizer(OptimConfig(), 10), make_mesh(MeshConfig())
     with checkpoint.open_manager(run) as manager:
         # What a run does before its first step, on eight devices.

@@ -51,6 +51,9 @@ matmul.defvjp(lambda x, w: (matmul(x, w), (x, w)), _matmul_backward)
 class Proj(nnx.Module):
     """A linear map of the axes ``inputs`` to ``outputs``, both given by their sizes: from
     ``x[...,*inputs]`` to ``[...,*outputs]``. ``w[*inputs,*outputs]`` is normal(0, std), ``b`` zero.
+
+    Where all of it is frozen, ``w`` may be a weight of ``quantised.py``, and ``lora`` an adapter
+    (``llmzoo_jax.lora``) whose output is added.
     """
 
     def __init__(
@@ -67,13 +70,18 @@ class Proj(nnx.Module):
         self.num_inputs = len(inputs)
         self.w = nnx.Param(std * jax.random.normal(rngs.params(), shape), axes=tuple(axes))
         self.b = nnx.Param(jnp.zeros(outputs), axes=tuple(axes[len(inputs) :])) if bias else None
+        self.outputs = tuple(outputs)
+        self.lora = None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        w = self.w[...].astype(x.dtype)
-        n = self.num_inputs
-        size = math.prod(w.shape[:n])
-        y = matmul(x.reshape(*x.shape[: x.ndim - n], size), w.reshape(size, -1))
-        y = checkpoint_name(y, SAVED).reshape(*y.shape[:-1], *w.shape[n:])
+        x = x.reshape(*x.shape[: x.ndim - self.num_inputs], -1)
+        if isinstance(self.w, nnx.Param):
+            y = matmul(x, self.w[...].astype(x.dtype).reshape(x.shape[-1], -1))
+        else:
+            y = self.w.matmul(x)
+        if self.lora is not None:
+            y = y + self.lora(x)
+        y = checkpoint_name(y, SAVED).reshape(*y.shape[:-1], *self.outputs)
         return y if self.b is None else y + self.b[...].astype(x.dtype)
 
 
