@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Shared by the scripts in this folder: the virtual environment and the timed stages.
 # Source it; it changes into the repository.
 set -euo pipefail
@@ -52,6 +53,7 @@ install() {
     echo "$wanted" >> "$stamp"
     echo " ${wanted#* }" >> "$stamp" # what has extras has the plain install too
   fi
-  export PATH="$(cd "$VENV" && pwd)/bin:$PATH"
+  PATH="$(cd "$VENV" && pwd)/bin:$PATH"
+  export PATH
   python --version
 }

@@ -17,8 +17,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +27,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from llmzoo_jax import config as configs
-from llmzoo_jax import manifest, models
+from llmzoo_jax import manifest, models, retention
 from llmzoo_jax.config import Config, ModelConfig
 from llmzoo_jax.errors import InputError
 from llmzoo_jax.metrics import say
@@ -37,23 +36,10 @@ from llmzoo_jax.step import TrainState
 
 # What may change between a run and its continuation: where it runs and what it prints.
 FREE_KEYS = (
-    "run_dir",
-    "log_every",
-    "eval_every",
-    "save_every",
-    "keep_checkpoints",
-    "keep_best",
-    "mesh.",
-    "hardware.",
-    "optim.max_skipped",
-    "compute.remat",
-    "compute.loss_chunk",
-    "optim.accumulation",
-    "data.cache_dir",
-    "data.worker",
-    "data.heldout",
-)
-
+    "run_dir", "log_every", "eval_every", "save_every", "keep_checkpoints", "keep_best", "mesh.",
+    "hardware.", "optim.max_skipped", "optim.accumulation", "compute.remat", "compute.loss_chunk",
+    "compute.peak_flops", "data.cache_dir", "data.worker", "data.heldout",
+)  # fmt: skip
 
 Step = int | Literal["latest", "best"]  # a checkpoint of a run; best: by its held-out loss
 
@@ -127,9 +113,10 @@ def write_text(path: Path, text: str) -> None:
 # --- checkpoints --------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
 def open_manager(
     run_dir: str | Path, *, keep: int | None = None, keep_best: int = 0
-) -> ocp.CheckpointManager:
+) -> Iterator[ocp.CheckpointManager]:
     """The checkpoints of a run. Saves go on in the background; an unfinished one never counts.
 
     ``keep`` newest ones stay, and the ``keep_best`` ones of the lowest held-out loss; all of them
@@ -139,39 +126,21 @@ def open_manager(
 
     directory = Path(run_dir).resolve() / "checkpoints"
     options = ocp.CheckpointManagerOptions(
-        preservation_policy=Retention(directory, keep, keep_best),
+        preservation_policy=retention.Retention(directory, keep, keep_best),
         cleanup_tmp_directories=keep is not None,
         lightweight_initialize=True,
         create=True,
     )
-    return ocp.CheckpointManager(
-        directory, options=options, item_handlers=ocp.PyTreeCheckpointHandler()
-    )
-
-
-@dataclass(frozen=True)
-class Retention:
-    """Which checkpoints stay, as Orbax asks for it: the newest, and those of the lowest held-out
-    loss."""
-
-    directory: Path
-    newest: int | None  # None: all
-    best: int
-
-    def should_preserve(self, checkpoints, *, context) -> list[bool]:
-        steps = [info.step for info in checkpoints]  # ascending; the last is not written yet
-        losses = heldout_losses(self.directory, steps)
-        losses |= {info.step: info.metrics["heldout_loss"] for info in checkpoints if info.metrics}
-        newest = steps if self.newest is None else steps[-self.newest :]
-        best = sorted(losses, key=losses.get)[: self.best]
-        return [step in {*newest, *best} for step in steps]
-
-
-def heldout_losses(directory: Path, steps: Iterable[int]) -> dict[int, float]:
-    """The held-out loss of those checkpoints for which it was measured."""
-    manifests = {step: manifest.read(Path(directory) / str(step)) for step in steps}
-    losses = {step: made["heldout_loss"] for step, made in manifests.items() if made}
-    return {step: loss for step, loss in losses.items() if loss is not None}
+    with _loops_wait():
+        manager = ocp.CheckpointManager(
+            directory, options=options, item_handlers=ocp.PyTreeCheckpointHandler()
+        )
+        try:
+            yield manager
+            wait(manager)
+        finally:
+            with contextlib.suppress(Exception):  # raised above, or another one is on its way
+                manager.close()
 
 
 def save(
@@ -183,10 +152,10 @@ def save(
     step = int(state.step)
     leaves = _plain(state)
     size = sum(x.nbytes for x in leaves.values())
+    wait(manager)
     check_space(manager.directory, size, f"the checkpoint of step {step}")
     if heldout_loss is not None and not math.isfinite(heldout_loss):
         heldout_loss = None
-    wait(manager)
     try:
         manager.save(
             step,
@@ -224,9 +193,9 @@ def find_step(run_dir: str | Path, step: Step) -> int:
     """The step of a finished checkpoint. Raises RunError, with those there are."""
     with open_manager(run_dir) as manager:
         steps = sorted(manager.all_steps())
-        losses = heldout_losses(manager.directory, steps)
     if not steps:
         raise RunError(f"{run_dir}: no finished checkpoint; train first")
+    losses = retention.heldout_losses(manager.directory, steps)
     if step == "latest":
         return steps[-1]
     if step == "best" and losses:
@@ -268,7 +237,7 @@ def restore(manager: ocp.CheckpointManager, abstract: TrainState, mesh) -> Train
         for number, error in damaged.items():
             moved = _move_aside(manager, number)
             say(f"{error}\n  It was moved to {moved}; the run goes back to step {step}.")
-        say(f"resuming at step {step}")
+        say(f"resuming {manager.directory.parent} at step {step}")
         return jax.tree.unflatten(jax.tree.structure(abstract), [leaves[name] for name in target])
     lines = [f"  {error}" for error in damaged.values()]
     raise RunError(
@@ -324,8 +293,7 @@ def _restore(
     handler, folder = ocp.PyTreeCheckpointHandler(), manager.directory / str(step) / "default"
     problem = ""
     try:
-        with _reads_are_awaited():
-            leaves = handler.restore(folder, args=args)
+        leaves = handler.restore(folder, args=args)
     except Exception as error:  # Orbax and TensorStore raise many types; all mean: can't be read
         problem = (str(error).strip() or repr(error)).splitlines()[0][:200]
     if not _everywhere(not problem):
@@ -340,9 +308,9 @@ def _restore(
 
 
 @contextlib.contextmanager
-def _reads_are_awaited():
-    """When one of many reads fails, Orbax closes its event loop under the others, each of which
-    then writes a traceback to the console. Here the loop waits for them before it closes."""
+def _loops_wait():
+    """When one of many reads or writes fails, Orbax closes its event loop under the others, each of
+    which then writes a traceback to the console. Here a loop waits for them before it closes."""
 
     class Policy(asyncio.DefaultEventLoopPolicy):
         def new_event_loop(self):

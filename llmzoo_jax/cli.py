@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging as standard_logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ def run(main: Callable[[list[str]], None], argv: Sequence[str] | None = None) ->
         if len(argv) > 1:
             raise app.UsageError(f"don't know what to do with {' '.join(argv[1:])}")
         logging.set_verbosity(logging.WARNING)
+        logging.get_absl_handler().addFilter(_is_news)
         # transformers says at its import that it found no PyTorch: it is not meant to.
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         try:
@@ -30,6 +32,12 @@ def run(main: Callable[[list[str]], None], argv: Sequence[str] | None = None) ->
             sys.exit(130)
 
     app.run(guarded, argv=list(argv) if argv is not None else None)
+
+
+def _is_news(record: standard_logging.LogRecord) -> bool:
+    """False for the tracebacks that Orbax writes, and leaves to asyncio, of errors it raises."""
+    left_over = record.name == "asyncio" and "never retrieved" in record.getMessage()
+    return not left_over and "orbax" not in record.pathname
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:

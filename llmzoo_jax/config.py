@@ -99,6 +99,7 @@ class ComputeConfig:
     # that grows with T; "scores" holds T x T (the reference); "auto" = the fastest.
     attention: Literal["auto", "blocks", "splash", "triton", "scores"] = "auto"
     loss_chunk: int = 0  # tokens of which logits are held at once; 0 = all of them
+    peak_flops: float = 0.0  # FLOP/s of a device, for MFU; 0 = of its kind (flops.PEAK_FLOPS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,8 +125,14 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW. The defaults are LLM Zoo's: 2e-5, cosine, 3 % warm-up, no weight decay, 3 epochs."""
+    """The defaults are LLM Zoo's: AdamW, 2e-5, cosine, 3 % warm-up, no weight decay, 3 epochs.
 
+    ``b1`` is the decay of the first moment (Adafactor: 0 for none), ``b2`` of the second (Lion: of
+    its momentum; Muon: of Adam's, for what is no matrix of a layer).
+    """
+
+    optimizer: Literal["adamw", "adafactor", "lion", "muon"] = "adamw"
+    state_dtype: Literal["float32", "bfloat16", "int8"] = "float32"  # of moments, between steps
     learning_rate: float = 2e-5
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_ratio: float = 0.03

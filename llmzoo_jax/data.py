@@ -47,6 +47,10 @@ class Part:
 
         return fill_rows(self.plan, rows, example)
 
+    def language(self, row: int, segment_ids: np.ndarray, names: Sequence[str]) -> np.ndarray:
+        """int32[T], the number in ``names`` of the language of each position; of padding -1."""
+        return np.array([-1, *map(names.index, self.languages(row))], np.int32)[segment_ids]
+
     def languages(self, row: int) -> list[str]:
         """The language of each segment of a row."""
         spans = self.plan.spans[self.plan.row_starts[row] : self.plan.row_starts[row + 1]]
@@ -179,6 +183,15 @@ class TrainData:
         finally:
             iterator.close()
 
+    def language(self, step: int, batch: Batch, rows: Rows = slice(None)) -> np.ndarray:
+        """int32[B, T], the number in ``languages`` of each position of ``batch(step, rows)``, which
+        is ``batch``; of padding -1."""
+        picks = self.picks.batch(self.batch_size)[step][rows]
+        return np.stack([
+            self.parts[part].language(row, ids, self.languages)
+            for (part, row), ids in zip(picks.tolist(), batch.segment_ids, strict=True)
+        ])  # fmt: skip
+
     def rows_of(self, host: int, hosts: int) -> slice:
         """The rows of every global batch that are for ``host`` (from 0) of ``hosts``.
 
@@ -293,8 +306,7 @@ class HeldoutData:
             for whole, filled in zip(batch, self.part.fill(rows), strict=True):
                 whole[: len(rows)] = filled
             for b, row in enumerate(rows):
-                indices = [-1, *map(self.languages.index, self.part.languages(row))]
-                language[b] = np.array(indices)[batch.segment_ids[b]]
+                language[b] = self.part.language(row, batch.segment_ids[b], self.languages)
             yield batch, language
 
 

@@ -5,6 +5,8 @@ Of several processes the first does all of it; the others call the same function
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 from pathlib import Path
@@ -13,12 +15,69 @@ from typing import Any
 import jax
 import numpy as np
 from tensorboardX import SummaryWriter
+from tensorboardX.record_writer import register_writer_factory
 from tqdm import tqdm
+
+from llmzoo_jax.errors import InputError
+
+COLOURS = {"training": "#9aa5b1", "held out": "#c2410c"}
 
 
 def writes() -> bool:
     """Whether this process is the one that writes."""
     return jax.process_index() == 0
+
+
+class MetricsError(InputError):
+    """A file of metrics can't be written; the message names it."""
+
+
+@contextlib.contextmanager
+def _named(path: Path):
+    try:
+        yield
+    except OSError as error:
+        raise MetricsError(
+            f"{path}: can't be written: {error}. Make room, or mend what is wrong, and run the "
+            "same command again; it goes on at the newest checkpoint"
+        ) from error
+
+
+class _EventFile:
+    """A file of tensorboardX, written by a thread of its own. An error is said, and no more is
+    written: it would end the thread, and the training loop would wait for it for ever."""
+
+    def __init__(self, path: str):
+        self._path, self._whole = path, True
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+
+    def write(self, data: bytes) -> None:
+        try:
+            if self._whole and os.write(self._file, data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            self._whole = False
+            say(f"{self._path}: can't be written: {error}; TensorBoard will show no more")
+
+    def flush(self) -> None:
+        pass  # nothing is held back
+
+    def close(self) -> None:
+        os.close(self._file)
+
+
+class _EventFiles:
+    """What tensorboardX asks for where files begin with ``_PREFIX``."""
+
+    def directory_check(self, path: str) -> None:
+        os.makedirs(path.removeprefix(f"{_PREFIX}:"), exist_ok=True)
+
+    def open(self, path: str) -> _EventFile:
+        return _EventFile(path.removeprefix(f"{_PREFIX}:"))
+
+
+_PREFIX = "run"
+register_writer_factory(_PREFIX, _EventFiles())
 
 
 class MetricsLog:
@@ -32,10 +91,11 @@ class MetricsLog:
         self.path = Path(run_dir) / "metrics.jsonl"
         if not writes():
             return
-        self._keep_up_to(start_step)
-        self._file = self.path.open("a", encoding="utf-8")
+        with _named(self.path):
+            self._keep_up_to(start_step)
+            self._file = self.path.open("ab", buffering=0)  # a failed write leaves nothing to flush
         self._board = SummaryWriter(
-            str(Path(run_dir) / "tensorboard"), purge_step=start_step + 1, write_to_disk=True
+            f"{_PREFIX}:{run_dir}/tensorboard", purge_step=start_step + 1, write_to_disk=True
         )
 
     def _keep_up_to(self, step: int) -> None:
@@ -49,8 +109,10 @@ class MetricsLog:
     def write(self, step: int, **values: Any) -> None:
         if not writes():
             return
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        line = json.dumps({"step": step, **values}).encode() + b"\n"
+        with _named(self.path):
+            if self._file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         for name, value in values.items():
             group = {name: value} if not isinstance(value, dict) else value
             for key, number in group.items():
@@ -90,8 +152,8 @@ def by_language(
 
 
 def plot(run_dir: str | Path, *, title: str) -> Path | None:
-    """Draws loss.png from metrics.jsonl: training and held-out loss by step, and the newest
-    held-out loss by language. None where there is nothing to draw yet."""
+    """Draws loss.png from metrics.jsonl: training and held-out loss by step, and the newest of both
+    by language. None where there is nothing to draw yet."""
     if not writes():
         return None
     import matplotlib
@@ -102,31 +164,49 @@ def plot(run_dir: str | Path, *, title: str) -> Path | None:
     records = read(run_dir)
     train = [(r["step"], r["loss"]) for r in records if "loss" in r]
     held = [(r["step"], r["heldout_loss"]) for r in records if "heldout_loss" in r]
-    languages = [r["heldout_by_language"] for r in records if r.get("heldout_by_language")]
+    languages = {
+        label: newest[-1]
+        for label, key in (("training", "loss_by_language"), ("held out", "heldout_by_language"))
+        if (newest := [r[key] for r in records if r.get(key)])
+    }
     if not train:
         return None
     figure, axes = plt.subplots(
         1, 2 if languages else 1, figsize=(11 if languages else 6.5, 4.2), squeeze=False, dpi=120
     )
     left = axes[0, 0]
-    left.plot(*zip(*train, strict=True), label="training", color="#9aa5b1", linewidth=1.3)
+    left.plot(*zip(*train, strict=True), label="training", color=COLOURS["training"], linewidth=1.3)
     if held:
-        left.plot(*zip(*held, strict=True), "o-", label="held out", color="#c2410c", markersize=4)
+        left.plot(
+            *zip(*held, strict=True),
+            "o-",
+            label="held out",
+            color=COLOURS["held out"],
+            markersize=4,
+        )
     left.set(xlabel="step", ylabel="loss (nats a token)", title=title)
     left.set_ylim(bottom=0)
     left.legend(frameon=False)
     left.grid(alpha=0.25)
     if languages:
         right = axes[0, 1]
-        items = sorted(languages[-1].items(), key=lambda item: -item[1])
-        right.barh([name for name, _ in items], [loss for _, loss in items], color="#c2410c")
-        right.set(xlabel="loss (nats a token)", title="held out, by language")
+        first = languages.get("held out") or languages["training"]
+        names = sorted(set().union(*languages.values()), key=lambda name: -first.get(name, 0.0))
+        height = 0.8 / len(languages)
+        for i, (label, losses) in enumerate(languages.items()):
+            places = [n + (i - (len(languages) - 1) / 2) * height for n in range(len(names))]
+            values = [losses.get(name, 0.0) for name in names]
+            right.barh(places, values, height, label=label, color=COLOURS[label])
+        right.set_yticks(range(len(names)), names)
+        right.set(xlabel="loss (nats a token)", title="by language")
+        right.legend(frameon=False, loc="lower right")
         right.tick_params(axis="y", labelsize=8)
         right.grid(alpha=0.25, axis="x")
     figure.tight_layout()
     path = Path(run_dir) / "loss.png"
     part = path.with_name("loss.part.png")
-    figure.savefig(part)
+    with _named(path):
+        figure.savefig(part)
+        os.replace(part, path)
     plt.close(figure)
-    os.replace(part, path)
     return path

@@ -7,6 +7,7 @@ A parameter names its logical axes where it is made (``nnx.Param(..., axes=("emb
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -60,15 +61,15 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         sizes[sizes.index(-1)] = len(devices) // fixed
     if math.prod(sizes) != len(devices):
         raise ShardingError(f"mesh ({asked}) does not fit {len(devices)} devices; set mesh.*")
-    slices = {getattr(device, "slice_index", 0) for device in devices}
+    slices = Counter(getattr(device, "slice_index", 0) for device in devices)
     across, rest = [], len(slices)
     for size in sizes:
         across.append(math.gcd(size, rest))
         rest //= across[-1]
-    if rest > 1:
+    if rest > 1 or len(set(slices.values())) > 1:
         raise ShardingError(
-            f"mesh ({asked}): {len(slices)} slices are not whole parts of its axes; set "
-            f"mesh.replica={len(slices)} or a multiple of it"
+            f"mesh ({asked}): its {len(slices)} slices are no equal parts of it; set mesh.replica "
+            f"to {len(slices)} or a multiple of it, and take slices of one size"
         )
     inside = [size // parts for size, parts in zip(sizes, across, strict=True)]
     split = {"allow_split_physical_axes": True}
@@ -116,14 +117,24 @@ def spec(axes: Sequence[str | None], *, name: str = "array") -> PartitionSpec:
 
 
 def sharding_of(
-    shape: Sequence[int], axes: Sequence[str | None], mesh: Mesh, *, name: str
+    shape: Sequence[int],
+    axes: Sequence[str | None],
+    mesh: Mesh,
+    *,
+    name: str,
+    uneven: Literal["error", "replicate"] = "error",
 ) -> NamedSharding:
-    """The sharding of one array; raises where a mesh axis does not divide its dimension."""
+    """The sharding of one array. Where a mesh axis does not divide its dimension, that is an error
+    or, with ``uneven="replicate"``, every device along the mesh axis holds the whole dimension."""
     if len(shape) == len(axes) + 1:
         axes = ("layers", *axes)
     if len(shape) != len(axes):
         raise ShardingError(f"{name}: shape {tuple(shape)} does not match its axes {tuple(axes)}")
     partition = spec(axes, name=name)
+    if uneven == "replicate":
+        divided = (part if size % _ways(part, mesh) == 0 else None
+                   for size, part in zip(shape, partition, strict=True))  # fmt: skip
+        return NamedSharding(mesh, PartitionSpec(*divided))
     for size, axis, part in zip(shape, axes, partition, strict=True):
         ways = _ways(part, mesh)
         if size % ways:
@@ -151,9 +162,16 @@ def tree_shardings(tree: Any, mesh: Mesh) -> Any:
     def one(path, node):
         if not isinstance(node, nnx.Variable):
             return NamedSharding(mesh, PartitionSpec())
-        name = path_name(path)
-        value = jax.tree.leaves(node)[0]
-        return sharding_of(value.shape, node.get_metadata()["axes"], mesh, name=name)
+        if not jax.tree.leaves(node):  # masked by optax
+            return NamedSharding(mesh, PartitionSpec())
+        keys = node.get_metadata()
+        return sharding_of(
+            jax.tree.leaves(node)[0].shape,
+            keys["axes"],
+            mesh,
+            name=path_name(path),
+            uneven=keys.get("uneven", "error"),
+        )
 
     return jax.tree_util.tree_map_with_path(
         one, tree, is_leaf=lambda node: isinstance(node, nnx.Variable)

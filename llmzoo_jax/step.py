@@ -37,9 +37,11 @@ class Metrics(NamedTuple):
     loss: jax.Array  # mean over the loss tokens of the global batch
     loss_tokens: jax.Array
     tokens: jax.Array  # those of conversations, the rest of the batch is padding
+    pairs: jax.Array  # of a token and a key that it sees
     grad_norm: jax.Array  # before clipping
     skipped: jax.Array  # steps so far (spikes.py)
     skipped_in_a_row: jax.Array  # the last ones; 0 where this one was taken
+    by_language: jax.Array | None = None  # [languages, 2]: sum of losses, loss tokens
 
 
 def init_state(config: ModelConfig, tx: optax.GradientTransformation, mesh: Mesh, seed: int):
@@ -63,11 +65,8 @@ def resolve(compute: ComputeConfig, mesh: Mesh) -> ComputeConfig:
     return dataclasses.replace(compute, attention=attention.choose(compute.attention, platform))
 
 
-def token_losses(
-    model: nnx.Module, batch: Batch, compute: ComputeConfig
-) -> tuple[jax.Array, jax.Array]:
-    """Cross-entropy of every target in float32 ``[B,T]``, 0 where it is not a loss token, and
-    the number of loss tokens."""
+def token_losses(model: nnx.Module, batch: Batch, compute: ComputeConfig) -> jax.Array:
+    """Cross-entropy of every target in float32 ``[B,T]``, 0 where it is not a loss token."""
     hidden, _ = model.hidden(
         batch.tokens,
         models.packed_mask(batch.segment_ids),
@@ -83,10 +82,8 @@ def token_losses(
         return jnp.where(mask, jax.nn.logsumexp(logits, axis=-1) - picked, 0.0)
 
     if compute.loss_chunk:
-        losses = _in_chunks(cross_entropy, hidden, batch, compute.loss_chunk)
-    else:
-        losses = cross_entropy(hidden, batch.targets, batch.loss_mask)
-    return losses, batch.loss_mask.sum()
+        return _in_chunks(cross_entropy, hidden, batch, compute.loss_chunk)
+    return cross_entropy(hidden, batch.targets, batch.loss_mask)
 
 
 def _in_chunks(cross_entropy, hidden: jax.Array, batch: Batch, chunk: int) -> jax.Array:
@@ -142,21 +139,22 @@ def loss_and_grads(
     base: nnx.Module | None = None,
     key: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, Any]:
-    """(mean loss, number of loss tokens, gradients of the mean by ``params``), with one division by
-    the loss tokens of the whole batch, however many parts it is computed in.
+    """(mean loss, losses ``[B,T]``, gradients of the mean by ``params``), with one division by the
+    loss tokens of the whole batch, however many parts it is computed in. Losses are 0 where there
+    is no target.
 
     With a ``base``, ``params`` are its adapters; ``key`` is of their dropout (None: none), which a
     row has whatever part it is in."""
 
     def loss_sum(params, part, rows):
         keys = None if key is None else jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
-        losses, count = token_losses(lora.attach(base, params, keys), part, compute)
-        return losses.sum(), count
+        losses = token_losses(lora.attach(base, params, keys), part, compute)
+        return losses.sum(), losses
 
     grad = jax.value_and_grad(loss_sum, has_aux=True)
     rows = jnp.arange(len(batch.tokens))
     if accumulation == 1:
-        (total, count), grads = grad(params, batch, rows)
+        (total, losses), grads = grad(params, batch, rows)
     else:
         # Part i takes rows i, i + n, ..: every part spreads over all devices of the batch axis.
         parts = jax.tree.map(
@@ -164,38 +162,59 @@ def loss_and_grads(
         )
 
         def add(carry, part):
-            (total, count), grads = grad(params, *part)
-            return jax.tree.map(jnp.add, carry, (total, count, grads)), None
+            (total, losses), grads = grad(params, *part)
+            return jax.tree.map(jnp.add, carry, (total, grads)), losses
 
-        zeros = (jnp.zeros(()), jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params))
-        (total, count, grads), _ = jax.lax.scan(add, zeros, parts)
-    scale = 1.0 / jnp.maximum(count, 1)
-    return total * scale, count, jax.tree.map(lambda g: g * scale, grads)
+        zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+        (total, grads), losses = jax.lax.scan(add, zeros, parts)
+        losses = jnp.moveaxis(losses, 0, 1).reshape(batch.loss_mask.shape)
+    scale = 1.0 / jnp.maximum(batch.loss_mask.sum(), 1)
+    return total * scale, losses, jax.tree.map(lambda g: g * scale, grads)
+
+
+def loss_by_language(
+    losses: jax.Array, mask: jax.Array, language: jax.Array, languages: int
+) -> jax.Array:
+    """float32 ``[languages, 2]``, sum and number of ``losses[B,T]`` by ``language[B,T]``."""
+
+    def one(number):
+        mine = mask & (language == number)
+        return jnp.stack([jnp.where(mine, losses, 0.0).sum(), mine.sum().astype(jnp.float32)])
+
+    return jax.vmap(one)(jnp.arange(languages))
 
 
 def train_step(
     state: TrainState,
     batch: Batch,
+    language: jax.Array | None = None,
     *,
     tx: optax.GradientTransformation,
     compute: ComputeConfig,
     accumulation: int,
     seed: int | None = None,
+    languages: int = 0,
 ) -> tuple[TrainState, Metrics]:
-    """``seed`` is of LoRA's dropout, which is the same whenever a step is done; None: none."""
+    """``language`` is the number of the language of each position, below ``languages``. ``seed`` is
+    of LoRA's dropout, which is the same whenever a step is done; None: none."""
     key = None if seed is None else lora.dropout_key(seed, state.step)
-    loss, count, grads = loss_and_grads(
+    loss, losses, grads = loss_and_grads(
         state.params, batch, compute, accumulation, base=state.base, key=key
     )
     updates, opt_state = tx.update(grads, state.opt_state, state.params, value=loss)
     params = optax.apply_updates(state.params, updates)
+    real = batch.segment_ids > 0
     metrics = Metrics(
         loss=loss,
-        loss_tokens=count.astype(jnp.float32),
-        tokens=(batch.segment_ids > 0).sum().astype(jnp.float32),
+        loss_tokens=batch.loss_mask.sum().astype(jnp.float32),
+        tokens=real.sum().astype(jnp.float32),
+        pairs=jnp.where(real, batch.positions + 1, 0).astype(jnp.float32).sum(),
         grad_norm=optax.global_norm(grads),
         skipped=opt_state.skipped.astype(jnp.float32),
         skipped_in_a_row=opt_state.in_a_row.astype(jnp.float32),
+        by_language=None
+        if language is None
+        else loss_by_language(losses, batch.loss_mask, language, languages),
     )
     return TrainState(state.step + 1, params, opt_state, state.base), metrics
 
@@ -207,10 +226,17 @@ def jit_train_step(
     shardings: TrainState,
     *,
     seed: int | None = None,
+    languages: int = 0,
 ):
-    """``step(state, batch) -> (state, metrics)``; the old state's buffers are reused."""
+    """``step(state, batch, language=None) -> (state, metrics)``, which reuses the buffers of the
+    old state."""
     step = functools.partial(
-        train_step, tx=tx, compute=compute, accumulation=accumulation, seed=seed
+        train_step,
+        tx=tx,
+        compute=compute,
+        accumulation=accumulation,
+        seed=seed,
+        languages=languages,
     )
     # Metrics are laid out as the number of the step is: every process has them.
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, shardings.step))
@@ -219,5 +245,5 @@ def jit_train_step(
 def jit_eval_step(compute: ComputeConfig, everywhere: jax.sharding.Sharding | None = None):
     """``step(params, batch) -> float32 [B,T]``, the loss of every loss token; ``everywhere``, if it
     is given, is the replicated sharding in which every process has all of them."""
-    losses = lambda params, batch: token_losses(params, batch, compute)[0]  # noqa: E731
+    losses = lambda params, batch: token_losses(params, batch, compute)  # noqa: E731
     return jax.jit(losses, out_shardings=everywhere)

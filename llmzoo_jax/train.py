@@ -26,20 +26,25 @@ from llmzoo_jax import (
     checkpoint,
     cli,
     distributed,
+    flops,
     hf,
     lora,
     lora_run,
     metrics,
     models,
     optim,
+    run_page,
     sharding,
 )
 from llmzoo_jax import config as configs
 from llmzoo_jax import step as steps
 from llmzoo_jax.config import Config, ConfigError, ModelConfig
 from llmzoo_jax.data import heldout_batches, train_data
-from llmzoo_jax.errors import InputError
+from llmzoo_jax.goodput import TimeLog
 from llmzoo_jax.metrics import say
+from llmzoo_jax.moments import state_bytes
+from llmzoo_jax.profiling import Trace
+from llmzoo_jax.summary import check_skipped, describe, summarise
 from llmzoo_jax.tokenizer import load_tokenizer, resolve_format, save_tokenizer
 
 CONFIG = flags.DEFINE_string(
@@ -67,14 +72,15 @@ NUM_PROCESSES = flags.DEFINE_integer(
 PROCESS_ID = flags.DEFINE_integer(
     "process_id", None, "Which one this is, with --coordinator; or $JAX_PROCESS_ID."
 )
+PROFILE = flags.DEFINE_string(
+    "profile", "", "FIRST:LAST, steps to trace into RUN_DIR/profile (for XProf or TensorBoard)."
+)
 
 
-class TrainingError(InputError):
-    """Training can't go on; the message says at which step and what to do."""
+def train(config: Config, *, profile: str = "") -> None:
+    """Runs training from the newest checkpoint of ``config.run_dir``, or from the start.
 
-
-def train(config: Config) -> None:
-    """Runs training from the newest checkpoint of ``config.run_dir``, or from the start."""
+    ``profile``: see the flag."""
     # Everything that can be wrong is read before anything is compiled.
     model_config = resolve_model(config)
     if config.lora:
@@ -90,6 +96,7 @@ def train(config: Config) -> None:
     compute = steps.resolve(config.compute, mesh)
     distributed.in_turn(lambda: checkpoint.claim(config, model_config))
     report_config(config, model_config)
+    clock = TimeLog(config.run_dir, writes=metrics.writes())
 
     encoding = {"tokenizer": tokenizer, "chat_format": chat_format}
     data, heldout = distributed.in_turn(
@@ -105,9 +112,11 @@ def train(config: Config) -> None:
     total = config.optim.steps or math.ceil(config.optim.epochs * data.rows_per_epoch / B)
     if metrics.writes():
         save_tokenizer(tokenizer, Path(config.run_dir) / "tokenizer", chat_format=chat_format)
+        checkpoint.write_text(Path(config.run_dir) / "data.txt", data.report + "\n")
 
     tx = optim.make_optimizer(config.optim, total)
     schedule = optim.schedule(config.optim, total)
+    stop = StopSignal()
     with (
         jax.set_mesh(mesh),
         checkpoint.open_manager(
@@ -123,16 +132,31 @@ def train(config: Config) -> None:
         say(
             f"{size:,} parameters to train, {sharding.describe(mesh)}, steps {start + 1} to {total}"
         )
-        shardings = sharding.tree_shardings(state, mesh)
+        kept = state_bytes(state.opt_state)
+        say(f"the state of {config.optim.optimizer} takes {kept / 1e6:,.1f} MB")
         step_fn = steps.jit_train_step(
-            tx, compute, config.optim.accumulation, shardings, seed=config.seed
+            tx,
+            compute,
+            config.optim.accumulation,
+            sharding.tree_shardings(state, mesh),
+            seed=config.seed,
+            languages=len(data.languages),
         )
         eval_fn = steps.jit_eval_step(compute, state.step.sharding)
         put = functools.partial(distributed.put, sharding=batch_sharding, shape=(B, T))
         log = metrics.MetricsLog(config.run_dir, start_step=start)
-        stop, agree = StopSignal(), distributed.agreement(mesh)
+        utilisation = flops.Utilisation(
+            model_config, config.compute, mesh, frozen=config.lora is not None
+        )
+        trace = Trace(profile, config.run_dir, start=start, total=total)
+        clock.start(start)
+
+        def put_batch(step: int, batch):
+            return put(batch), put(data.language(step, batch, rows))
+
+        agree = distributed.agreement(mesh)
         since = time.monotonic()
-        step_fn = step_fn.lower(state, put(data.batch(start, rows))).compile()
+        step_fn = step_fn.lower(state, *put_batch(start, data.batch(start, rows))).compile()
         say(f"compiled in {time.monotonic() - since:.1f} s")
         pending, asked, since = [], 0, time.monotonic()
         batches = data.iterate(
@@ -152,7 +176,7 @@ def train(config: Config) -> None:
         )
         for step, batch in enumerate(bar, start + 1):
             agreed = agree(stop.asked)
-            state, step_metrics = step_fn(state, put(batch))
+            state, step_metrics = trace.run(step, step_fn, state, *put_batch(step - 1, batch))
             pending.append(step_metrics)
             asked = int(agreed)
             last = step == total or asked > 0
@@ -160,8 +184,11 @@ def train(config: Config) -> None:
             due_save = last or step % config.save_every == 0 or (due_eval and config.keep_best)
             if last or due_eval or due_save or step % config.log_every == 0:
                 jax.block_until_ready(step_metrics)
-                record = summarise(pending, B * T, time.monotonic() - since)
+                seconds, pending = time.monotonic() - since, jax.device_get(pending)
+                record = summarise(pending, B * T, seconds, data.languages)
+                clock.spent("steps", step, seconds)
                 record["learning_rate"] = float(schedule(step - 1 - record["skipped"]))
+                record |= utilisation(pending, seconds) | {"goodput": clock.share()}
                 log.write(step, **record)
                 check_skipped(pending, step, config.optim)
                 bar.set_postfix(
@@ -172,18 +199,22 @@ def train(config: Config) -> None:
                     say(f"step {step}/{total}  " + describe(record))
                 pending, heldout_loss = [], None
                 if due_eval:
-                    heldout_loss = evaluate(eval_fn, state.model, heldout, put, log, step)
-                    metrics.plot(config.run_dir, title=Path(config.run_dir).name)
+                    with clock.timed("evaluate", step):
+                        heldout_loss = evaluate(eval_fn, state.model, heldout, put, log, step)
+                        run_page.write(config.run_dir)
                 if due_save:
-                    checkpoint.save(manager, state, heldout_loss=heldout_loss)
+                    with clock.timed("save", step):
+                        checkpoint.save(manager, state, heldout_loss=heldout_loss)
                 since = time.monotonic()
             if last:
                 break
         bar.close()
         batches.close()
-        checkpoint.wait(manager)
+        trace.close()
+        with clock.timed("save", step):
+            checkpoint.wait(manager)
         log.close()
-        metrics.plot(config.run_dir, title=Path(config.run_dir).name)
+        run_page.write(config.run_dir)
     if asked and step < total:
         name = signal.Signals(asked).name
         say(f"{name}: saved step {step} of {total} in {config.run_dir}; run it again to go on")
@@ -268,7 +299,6 @@ def start_state(config: Config, model_config: ModelConfig, tx, mesh, manager) ->
         return lora_run.start_state(config, model_config, tx, mesh, manager)
     if manager.latest_step() is not None:
         abstract = jax.eval_shape(lambda: steps.start_state(models.abstract(model_config), tx))
-        say(f"resuming {config.run_dir}")
         return checkpoint.restore(manager, abstract, mesh)
     if not config.init_from:
         return steps.init_state(model_config, tx, mesh, config.seed)
@@ -306,55 +336,6 @@ class StopSignal:
 # --- in the loop --------------------------------------------------------------------------------
 
 
-def summarise(pending: list[steps.Metrics], slots: int, seconds: float) -> dict:
-    """The metrics of the steps since the last line, means weighted by loss tokens; ``slots`` are
-    the positions of a batch. Skipped steps are counted and left out; where none is left, there is
-    no loss and no norm."""
-    pending = jax.device_get(pending)
-    taken = [one for one in pending if not one.skipped_in_a_row]
-    tokens = float(sum(one.tokens for one in pending))
-    record = {
-        "tokens_per_s": tokens / seconds,
-        "loss_tokens_per_s": float(sum(one.loss_tokens for one in taken)) / seconds,
-        "packing": tokens / (slots * len(pending)),
-        "skipped": int(pending[-1].skipped),
-    }
-    if not taken:
-        return record
-    loss, loss_tokens = (np.array([one[i] for one in taken], np.float64) for i in (0, 1))
-    mean = float((loss * loss_tokens).sum() / max(loss_tokens.sum(), 1))
-    return {"loss": mean, "grad_norm": float(taken[-1].grad_norm), **record}
-
-
-def check_skipped(pending: list[steps.Metrics], last: int, config: configs.OptimConfig) -> None:
-    """Says which of the steps up to ``last`` were skipped. Raises TrainingError where there were
-    more in a row than may be."""
-    for step, one in enumerate(jax.device_get(pending), last - len(pending) + 1):
-        if not one.skipped_in_a_row:
-            continue
-        finite = np.isfinite(one.loss) and np.isfinite(one.grad_norm)
-        why = f"over {config.spike_factor} x the median" if finite else "not finite"
-        what = f"loss {one.loss:.4g}, gradient norm {one.grad_norm:.4g}: {why}"
-        if one.skipped_in_a_row > config.max_skipped:
-            first = step - int(one.skipped_in_a_row) + 1
-            raise TrainingError(
-                f"steps {first} to {step} were skipped, more in a row than optim.max_skipped "
-                f"({config.max_skipped}); step {step}: {what}. The weights are still those of step "
-                f"{first - 1}. Lower optim.learning_rate or set optim.clip_norm in a new run "
-                "folder, or raise optim.max_skipped and run again"
-            )
-        say(f"step {step} was skipped: {what}")
-
-
-def describe(record: dict) -> str:
-    return (
-        f"loss {record.get('loss', math.nan):.4f}  grad norm "
-        f"{record.get('grad_norm', math.nan):.2f}  lr {record['learning_rate']:.2e}  "
-        f"{record['tokens_per_s']:,.0f} tok/s  packing {record['packing']:.1%}"
-        + (f"  skipped {record['skipped']}" if record["skipped"] else "")
-    )
-
-
 def evaluate(eval_fn, params, heldout, put, log: metrics.MetricsLog, step: int) -> float | None:
     """Held-out loss, whole and by language, over every held-out pair once; the whole is returned,
     None where there is no held-out data."""
@@ -384,7 +365,7 @@ def main(overrides: list[str]) -> None:
     config = configs.load(CONFIG.value, overrides, HARDWARE.value)
     distributed.set_environment(config.hardware)  # before JAX starts a device
     with distributed.joined(*place):
-        train(config)
+        train(config, profile=PROFILE.value)
 
 
 if __name__ == "__main__":

@@ -314,6 +314,23 @@ def test_two_at_once_give_one_cache(source, tmp_path, monkeypatch):
         assert_equal(records[record], second[0][record])
 
 
+def test_every_position_of_a_training_batch_has_the_language_of_its_conversation(source, config):
+    files = [source(lang, n, w, lang=lang) for lang, n, w in (("fr", 9, 1.0), ("zh", 5, 2.0))]
+    train = train_data(config(*files), **CODEC, seed=3)
+    for step in (0, 4):
+        for rows in (slice(None), slice(1, 3)):
+            batch = train.batch(step, rows)
+            language = train.language(step, batch, rows)
+            assert language.dtype == np.int32 and language.shape == batch.tokens.shape
+            assert ((language == -1) == (batch.segment_ids == 0)).all()
+            for b, ids in enumerate(batch.segment_ids):
+                for segment in range(1, ids.max() + 1):
+                    here = ids == segment
+                    (number,) = set(language[b, here].tolist())
+                    text = TOKENIZER.decode(batch.tokens[b, here])
+                    assert f"Who is {train.languages[number]}" in text
+
+
 # --- languages and errors -----------------------------------------------------------------------
 
 

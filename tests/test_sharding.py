@@ -1,5 +1,6 @@
 """Any mesh computes what one device computes, and a layout that can't be is an error with names."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -177,6 +178,63 @@ def test_a_spec_follows_the_rules():
     assert sharding.spec(("vocab", "embed")) == PartitionSpec("tensor", "fsdp")
     assert sharding.spec(("batch", "length")) == PartitionSpec(("replica", "fsdp"), "sequence")
     assert sharding.spec(("head", None)) == PartitionSpec(None, None)
+
+
+# --- slices -------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """As much of a device as a mesh reads: 16 of them in 2 slices of 2 processes each."""
+
+    id: int
+    platform: str = "cpu"
+    device_kind: str = "cpu"
+
+    @property
+    def process_index(self):
+        return self.id // 4
+
+    @property
+    def slice_index(self):
+        return self.id // 8
+
+
+DEVICES = [Device(i) for i in range(16)]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "axis"),
+    [
+        ((2, -1, 1, 1), "replica"),
+        ((4, -1, 2, 1), "replica"),  # more replicas than slices: two in each
+        ((1, -1, 2, 1), "fsdp"),  # no replicas
+    ],
+    ids=str,
+)
+def test_slices_are_parts_of_the_outermost_axis(sizes, axis):
+    mesh = mesh_of(sizes, DEVICES)
+    where = np.vectorize(lambda device: device.slice_index)(mesh.devices)
+    number = sharding.AXES.index(axis)
+    for index, half in enumerate(np.split(where, 2, axis=number)):
+        assert (half == index).all()
+    assert f"2 slices along {axis}" in sharding.describe(mesh)
+
+
+def test_what_stays_in_a_process_and_what_crosses_is_said():
+    mesh = mesh_of((2, 2, 4, 1), DEVICES)
+    text = "mesh replica=2, fsdp=2, tensor=4, sequence=1; 4 processes along replica, fsdp"
+    assert sharding.describe(mesh) == text + "; 2 slices along replica"
+    assert sharding.describe(mesh_of((1, 8, 1, 1))) == (
+        "mesh replica=1, fsdp=8, tensor=1, sequence=1"
+    )
+
+
+@pytest.mark.parametrize("ids", [(0, 1, 8, 16), (0, 1, 2, 8)])
+def test_slices_that_are_no_equal_parts_of_the_mesh_are_an_error(ids):
+    slices = len({number // 8 for number in ids})
+    with pytest.raises(ShardingError, match=rf"its {slices} slices are no equal parts .*replica"):
+        mesh_of((2, 2, 1, 1), [Device(number) for number in ids])
 
 
 # --- errors -------------------------------------------------------------------------------------

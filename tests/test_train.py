@@ -9,13 +9,14 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from llmzoo_jax import checkpoint, config, metrics, train
+from llmzoo_jax import checkpoint, config, goodput, metrics, summary, train
 from llmzoo_jax.config import ComputeConfig, Config, ConfigError, DataConfig, OptimConfig, Source
 from llmzoo_jax.conversation import ConversationError, write_jsonl
 from llmzoo_jax.data import DataError
@@ -125,6 +126,19 @@ def test_a_finished_run_is_left_as_it_is(finished, folder, capsys):
     np.testing.assert_array_equal(before[0], final_weights(finished)[0])
 
 
+def test_a_run_accounts_for_its_time_and_its_languages(finished):
+    records = [r for r in metrics.read(finished) if "loss" in r]
+    for record in records:
+        losses_of = record["loss_by_language"]
+        assert losses_of.keys() == {"fr", "xfr"}
+        assert min(losses_of.values()) <= record["loss"] <= max(losses_of.values())
+        assert 0 < record["goodput"] < 1 and "mfu" not in record  # a CPU has no peak
+    spent = goodput.goodput(goodput.read(finished), time.time())
+    assert spent.useful > 0 and spent.startup > 0 and spent.restarts == 0
+    assert "conversations" in (finished / "data.txt").read_text()
+    assert "Loss by language" in (finished / "report.html").read_text()
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
 def test_a_stopped_run_resumes_to_bitwise_the_same_losses_and_weights(
     number, code, finished, folder, tmp_path, monkeypatch, capsys
@@ -150,7 +164,7 @@ def test_a_killed_run_resumes_to_bitwise_the_same_losses(finished, folder, tmp_p
         raise Killed  # as SIGKILL does, without a last save; after step 5, the newest save is of 4
 
     with monkeypatch.context() as patch:
-        check = train.check_skipped
+        check = summary.check_skipped
         patch.setattr(train, "check_skipped", lambda *a: die() if a[1] == 5 else check(*a))
         with pytest.raises(Killed):
             train.train(make_config(folder, tmp_path / "run"))
@@ -180,7 +194,7 @@ def test_a_nonfinite_loss_names_the_step_and_saves_nothing(folder, tmp_path):
     bad = config.override(bad, "optim.clip_norm", "0")
     bad = config.override(bad, "optim.warmup_ratio", "0")
     bad = config.override(bad, "optim.max_skipped", "0")
-    with pytest.raises(train.TrainingError, match=r"step \d: loss .*not finite"):
+    with pytest.raises(summary.TrainingError, match=r"step \d: loss .*not finite"):
         train.train(bad)
     with checkpoint.open_manager(tmp_path / "run") as manager:
         for step in manager.all_steps():

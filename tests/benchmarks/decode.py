@@ -72,7 +72,7 @@ def run_side() -> dict:
         start = time.perf_counter()
         tokens[B] = decode(prompts[B])
         first[B] = time.perf_counter() - start
-    watch, timed = sides.Stopwatch(), []
+    watch, timed = sides.stopwatch(), []
     for B in BATCHES.value:
         for _ in range(CALLS.value):
             again, time_ = watch(lambda B=B: decode(prompts[B]))

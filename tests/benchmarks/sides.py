@@ -9,17 +9,17 @@ repeated where some came.
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import transformers
 from absl import flags
+
+from tests.benchmarks.stopwatch import Stopwatch
 
 SIDES = ("ours", "torch")
 
@@ -86,13 +86,16 @@ def our_model(folder: str):
 # --- rounds -------------------------------------------------------------------------------------
 
 
-def alternate(module: str, folder: str) -> list[dict]:
-    """Runs the sides in turn; what each process reported, in that order."""
+def alternate(module: str, folder: str, others: dict[str, list[str]] | None = None) -> list[dict]:
+    """Runs the sides in turn; what each process reported, in that order. ``others`` are more sides
+    by name, and the commands that run them."""
+    commands = {
+        side: [sys.executable, "-m", module, *sys.argv[1:], f"--side={side}"] for side in SIDES
+    } | (others or {})
     rounds = []
     for number in range(ROUNDS.value):
-        for side in SIDES:
-            command = [sys.executable, "-m", module, *sys.argv[1:]]
-            command += [f"--side={side}", f"--work={folder}", f"--started={time.time()}"]
+        for side, command in commands.items():
+            command = [*command, f"--work={folder}", f"--started={time.time()}"]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
             if done.returncode:
                 sys.exit(f"{module}: side {side!r} ended with exit status {done.returncode}")
@@ -116,42 +119,8 @@ def since_start() -> float:
     return time.time() - STARTED.value
 
 
-class Stopwatch:
-    """Times functions while nobody else uses the machine, as far as its patience goes."""
-
-    def __init__(self):
-        self.patience = PATIENCE.value
-
-    def __call__(self, function: Callable[[], Any]) -> tuple[Any, dict]:
-        """What the function returned, and seconds, cores of its own, and cores that others used.
-
-        Under foreign load the function is called again: its time was no good.
-        """
-        while True:
-            while self.patience > 0 and not _measure(lambda: time.sleep(1))[1]["quiet"]:
-                self.patience -= 1
-            result, timed = _measure(function)
-            if timed["quiet"] or self.patience <= 0:
-                return result, timed
-            self.patience -= timed["seconds"]
-
-
-def _measure(function: Callable[[], Any]) -> tuple[Any, dict]:
-    wall, own, busy = time.perf_counter(), time.process_time(), _machine_seconds()
-    result = function()
-    wall = time.perf_counter() - wall
-    own, busy = time.process_time() - own, _machine_seconds() - busy
-    foreign = max(0.0, (busy - own) / wall)
-    timed = {"seconds": wall, "own_cores": own / wall, "foreign_cores": foreign}
-    return result, timed | {"quiet": foreign <= MAX_FOREIGN.value}
-
-
-def _machine_seconds() -> float:
-    """CPU seconds that all processes have used, stolen ones included."""
-    user, nice, system, _, _, irq, softirq, steal = map(
-        int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
-    )
-    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+def stopwatch() -> Stopwatch:
+    return Stopwatch(PATIENCE.value, MAX_FOREIGN.value)
 
 
 # --- results ------------------------------------------------------------------------------------

@@ -1,12 +1,15 @@
 """Training speed: the jitted train step against a torch loop with transformers, on the same model.
 
     python -m tests.benchmarks.train --case=rows --family=llama --rounds=3 --out=rows.json
+    python -m tests.benchmarks.train --maxtext_python=/path/to/venv/bin/python --rounds=3
     python -m tests.benchmarks.train --case=conversations --micro_batch=4 --out=conversations.json
 
 Makes a random model, then runs ours, torch, ours, torch, .. with it: AdamW, clipping, float32.
 Steps that compile or warm up are reported apart. Reading data is left out on both sides.
 
---case=rows: both sides get the same rows of random tokens, all of them in the loss.
+--case=rows: all sides get the same rows of random tokens, all of them in the loss. With
+--maxtext_python, a Python 3.12 with MaxText 0.2.5 in it (README.md says how to make one), MaxText's
+own train step is the third side, from the same weights.
 
 --case=conversations: both sides get conversations of the raw data in --shared, in format phoenix,
 by a tokenizer that is trained on them, and what counts is loss tokens per second. Ours are packed
@@ -46,6 +49,12 @@ MICRO_BATCH = flags.DEFINE_integer(
 STEPS = flags.DEFINE_integer("steps", 3, "Timed steps in each round, each with its own batch.")
 LOSS_CHUNK = flags.DEFINE_integer(
     "loss_chunk", None, "compute.loss_chunk of ours; 0 for rows, else 1024, by default."
+)
+MAXTEXT_PYTHON = flags.DEFINE_string(
+    "maxtext_python", None, "Python with MaxText in it: MaxText is a third side (rows, llama)."
+)
+MAXTEXT_REMAT = flags.DEFINE_string(
+    "maxtext_remat", "minimal", "MaxText's remat_policy; its own default is full."
 )
 SHARED = flags.DEFINE_string("shared", "../shared/data", "Folder of the raw conversations.")
 
@@ -233,7 +242,7 @@ def run_side() -> dict:
     step = make(folder)
     losses = [step(batch) for batch in batches[:WARMUP]]
     first = sides.since_start()
-    watch, timed = sides.Stopwatch(), []
+    watch, timed = sides.stopwatch(), []
     for number, batch in enumerate(batches[WARMUP:]):
         loss, time_ = watch(lambda batch=batch: step(batch))
         losses.append(loss)
@@ -251,13 +260,17 @@ def compare() -> None:
         steps = random_rows() if CASE.value == "rows" else conversations(f"{name}/data")
         save(folder / "ours.npz", steps[0])
         save(folder / "torch.npz", steps[1])
-        rounds = sides.alternate("tests.benchmarks.train", name)
+        others = maxtext() if MAXTEXT_PYTHON.value else {}
+        if others:
+            save(folder / "maxtext.npz", steps[0])
+        rounds = sides.alternate("tests.benchmarks.train", name, others)
     counts = {
         side: [count_tokens(step) for step in mine[WARMUP:]]
         for side, mine in zip(sides.SIDES, steps, strict=True)
     }
+    counts |= dict.fromkeys(others, counts["ours"])
     rows, summary = [], {}
-    for side in sides.SIDES:
+    for side in counts:
         mine = summary[side] = summarise(rounds, side, counts[side])
         rows.append(
             [
@@ -273,15 +286,36 @@ def compare() -> None:
         )
     head = ["side", "loss tokens/s", "tokens/s", "positions/s", "padding", "first step, s"]
     ratios = {
-        key: summary["ours"][f"{key}_per_s"] / summary["torch"][f"{key}_per_s"]
-        for key in ("loss_tokens", "tokens", "positions")
+        other: {
+            key: summary["ours"][f"{key}_per_s"] / summary[other][f"{key}_per_s"]
+            for key in ("loss_tokens", "tokens", "positions")
+        }
+        | {"first_step": summary["ours"]["first_step_s"] / summary[other]["first_step_s"]}
+        for other in counts
+        if other != "ours"
     }
     print(f"\n{size:,} parameters, float32, {settings_text()}\n")
     print(sides.table([*head, "timed", "first loss"], rows))
-    print("\nours / torch: " + ", ".join(f"{key} {ratios[key]:.2f}" for key in ratios))
+    print()
+    for other, mine in ratios.items():
+        print(f"ours / {other}: " + ", ".join(f"{key} {mine[key]:.2f}" for key in mine))
     sides.write_result(
         settings() | {"parameters": size, "ratios": ratios, "summary": summary, "rounds": rounds}
     )
+
+
+def maxtext() -> dict[str, list[str]]:
+    """The command of MaxText's side."""
+    keys = {
+        "warmup": WARMUP,
+        "learning_rate": LEARNING_RATE,
+        "remat_policy": MAXTEXT_REMAT.value,
+        "max_foreign": sides.MAX_FOREIGN.value,
+        "patience": sides.PATIENCE.value,
+    }
+    program = str(Path(__file__).with_name("maxtext_side.py"))
+    options = [f"--{key}={value}" for key, value in keys.items()]
+    return {"maxtext": [MAXTEXT_PYTHON.value, program, *options]}
 
 
 def summarise(rounds: list[dict], side: str, counts: list[dict[str, int]]) -> dict:
@@ -310,12 +344,15 @@ def settings_text() -> str:
 def settings() -> dict:
     own = (CASE, LENGTH, BATCH_SIZE, LOSS_CHUNK, STEPS)
     own += (MICRO_BATCH,) if CASE.value == "conversations" else ()
+    own += (MAXTEXT_REMAT,) if MAXTEXT_PYTHON.value else ()
     return {"family": sides.FAMILY.value} | {flag.name: flag.value for flag in own}
 
 
 def main(argv: list[str]) -> None:
     if argv[1:]:
         raise app.UsageError(f"unknown argument {argv[1]!r}; options are written --NAME=VALUE")
+    if MAXTEXT_PYTHON.value and (CASE.value, sides.FAMILY.value) != ("rows", "llama"):
+        raise app.UsageError("--maxtext_python goes with --case=rows --family=llama")
     defaults = {"rows": (512, 8, 0), "conversations": (1024, 4, 1024)}[CASE.value]
     for flag, default in zip((LENGTH, BATCH_SIZE, LOSS_CHUNK), defaults, strict=True):
         if flag.value is None:
