@@ -150,7 +150,7 @@ def save(
     buffers may be donated. Raises RunError where the disk can't hold it, or an earlier save failed.
     """
     step = int(state.step)
-    leaves = _plain(state)
+    leaves = named(state)
     size = sum(x.nbytes for x in leaves.values())
     wait(manager)
     check_space(manager.directory, size, f"the checkpoint of step {step}")
@@ -224,7 +224,7 @@ def restore(manager: ocp.CheckpointManager, abstract: TrainState, mesh) -> Train
     target = {
         name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
         for (name, x), sharding in zip(
-            _plain(abstract).items(), jax.tree.leaves(shardings), strict=True
+            named(abstract).items(), jax.tree.leaves(shardings), strict=True
         )
     }
     damaged: dict[int, DamagedError] = {}
@@ -355,7 +355,7 @@ def _move_aside(manager: ocp.CheckpointManager, step: int) -> Path:
     return to
 
 
-def _plain(state: TrainState) -> dict[str, Any]:
+def named(state: TrainState) -> dict[str, Any]:
     """A flat dict, so that a checkpoint can be read without this code. LoRA's base is not in it."""
     leaves = {}
     for name, x in named_leaves(state._replace(base=None)).items():

@@ -38,7 +38,6 @@ def start_state(config: Config, model: ModelConfig, tx, mesh: Mesh, manager) -> 
         return steps.start_state(adapters, tx)
 
     if manager.latest_step() is not None:
-        say(f"resuming {config.run_dir}")
         abstract = jax.eval_shape(start, lora.abstract(config.lora, model))
         return checkpoint.restore(manager, abstract, mesh)._replace(base=base)
     if config.lora.init_from:

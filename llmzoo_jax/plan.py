@@ -1,6 +1,7 @@
 """Says whether a run fits before it is rented: compiles its step for devices that are not here.
 
-    python -m llmzoo_jax.plan --config=configs/quickstart.py:phoenix --target=v5e:16x16
+    python -m llmzoo_jax.plan --config=configs/phoenix_7b.py \\
+        --hardware=configs/hardware/tpu.py:v5e-256 --target=v5e:16x16
 
 prints memory a device, FLOPs, bytes and collectives, and how long compiling took. Nothing is
 allocated and no device is needed: ``v5e:16x16`` wants ``pip install 'jax[tpu]'`` and ``h200:8``
@@ -20,20 +21,12 @@ from typing import NamedTuple
 import jax
 from absl import flags
 
-from llmzoo_jax import cli, hf_config, lora, models, optim, program, sharding, targets
+from llmzoo_jax import cli, distributed, hf_config, lora, models, optim, program, sharding, targets
 from llmzoo_jax import config as configs
 from llmzoo_jax import step as steps
 from llmzoo_jax.config import Config, ConfigError, ModelConfig
 from llmzoo_jax.packing import Batch
 from llmzoo_jax.targets import Target
-
-CONFIG = flags.DEFINE_string(
-    "config", None, "Config file, as for training; its keys as --config.KEY=VALUE.", required=True
-)
-TARGET = flags.DEFINE_string(
-    "target", None, "v5e:16x16, v5p:4x4x4, h200:8, h200:4x8, cpu:8, ...", required=True
-)
-SLICES = flags.DEFINE_integer("slices", 1, "So many TPU slices of the target.", lower_bound=1)
 
 
 class Plan(NamedTuple):
@@ -204,18 +197,31 @@ def gib(size: float) -> str:
 
 
 def main(overrides: list[str]) -> None:
-    config = configs.load(CONFIG.value, overrides)
+    args = flags.FLAGS
+    config = configs.load(args.config, overrides, args.hardware)
+    distributed.set_environment(config.hardware)  # before JAX starts a device
     # What is compiled for is not here, and a plugin that is installed would look for its device.
     os.environ["JAX_PLATFORMS"] = "cpu"
     jax.config.update("jax_platforms", "cpu")
-    if TARGET.value.startswith("cpu:") and TARGET.value[4:].isdigit():
-        jax.config.update("jax_num_cpu_devices", int(TARGET.value[4:]))
-    result = plan(config, targets.load(TARGET.value, slices=SLICES.value))
+    if args.target.startswith("cpu:") and args.target[4:].isdigit():
+        jax.config.update("jax_num_cpu_devices", int(args.target[4:]))
+    result = plan(config, targets.load(args.target, slices=args.slices))
     print(describe(result))
     if isinstance(result, DoesNotFit) or (result.memory and result.needed > result.memory):
         sys.exit(1)
 
 
 if __name__ == "__main__":
+    flags.DEFINE_string(
+        "config",
+        None,
+        "Config file, as for training; its keys as --config.KEY=VALUE.",
+        required=True,
+    )
+    flags.DEFINE_string("hardware", "", "Hardware file, as for training.")
+    flags.DEFINE_string(
+        "target", None, "v5e:16x16, v5p:4x4x4, h200:8, h200:4x8, cpu:8, ...", required=True
+    )
+    flags.DEFINE_integer("slices", 1, "So many TPU slices of the target.", lower_bound=1)
     argv, overrides = cli.split_overrides(sys.argv)
     cli.run(lambda _: main(overrides), argv)

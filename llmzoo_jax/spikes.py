@@ -37,9 +37,9 @@ def skip_spikes(
     tx = optax.with_extra_args_support(tx)
 
     def init(params):
-        zero = jnp.zeros((), jnp.int32)
+        zeros = [jnp.zeros((), jnp.int32) for _ in range(2)]  # apart: both are donated
         norms = jnp.full(config.spike_window, jnp.nan, jnp.float32)
-        return Guarded(tx.init(params), norms, zero, zero)
+        return Guarded(tx.init(params), norms, *zeros)
 
     def update(grads, state, params=None, *, value=None, **extra):
         norm = optax.global_norm(grads).astype(jnp.float32)

@@ -91,7 +91,7 @@ def test_keys_of_the_model_can_be_set(repository, monkeypatch):
     ("text", "message"),
     [
         ("optim.learning_rte=1", r"optim\.learning_rte: unknown key 'learning_rte'; "
-         r"did you mean 'optim\.learning_rate'\? \(optim has learning_rate, schedule, "),
+         r"did you mean 'optim\.learning_rate'\? \(optim has optimizer, state_dtype, "),
         ("sede=1", r"--config\.sede: unknown key 'sede'; did you mean 'seed'\? \(the config has "),
         ("optim.zzzzzz=1", r"unknown key 'zzzzzz' \(optim has "),
         ("seed.a=1", r"--config\.seed is a value and has no key 'a'"),

@@ -88,7 +88,7 @@ def test_peaks_by_device(kind, peak):
 
 def test_utilisation_is_work_over_time_and_peak_of_all_devices_and_unknown_without_a_peak():
     config, mesh = CONFIGS["llama"], sharding.make_mesh(MeshConfig(), jax.devices()[:4])
-    steps = [Metrics(*map(np.float32, (2.0, 50, 100, 700, 1.0)))] * 3
+    steps = [Metrics(*map(np.float32, (2.0, 50, 100, 700, 1.0, 0, 0)))] * 3
     work = flops.Work(tokens=300, pairs=2100, loss_tokens=150)
     known = flops.Utilisation(config, ComputeConfig(peak_flops=1e9), mesh)
     assert known(steps, 2.0)["mfu"] == flops.training(config, work) / 2.0 / 4e9

@@ -135,7 +135,7 @@ def start_backend(flags: str) -> subprocess.CompletedProcess:
 def test_the_installed_jaxlib_knows_every_xla_flag():
     """XLA ends the process at a flag that it does not know, GPU flags in a CPU process too."""
     flags = {flag for target in TARGETS for flag in load(target).hardware.xla_flags}
-    assert len(flags) >= 12
+    assert len(flags) >= 10
     good = start_backend(" ".join(sorted(flags)))
     assert good.returncode == 0 and "CpuDevice" in good.stdout, good.stderr
     assert start_backend("--xla_gpu_no_such_flag=1").returncode != 0

@@ -90,7 +90,7 @@ def loss_and_grads(accumulation):
 
 @functools.cache
 def one_device(family):
-    """(loss, count, gradients) without any mesh."""
+    """(loss, losses, gradients) without any mesh."""
     return jax.device_get(parity.quick_jit(loss_and_grads(1))(model_of(family), packed_batch()))
 
 
@@ -110,11 +110,11 @@ def on_mesh(family, sizes, accumulation):
 )
 @pytest.mark.parametrize("family", CONFIGS)
 def test_every_mesh_gives_the_loss_and_gradients_of_one_device(family, sizes, accumulation):
-    loss, count, grads = on_mesh(family, sizes, accumulation)
-    want_loss, want_count, want_grads = one_device(family)
+    loss, losses, grads = on_mesh(family, sizes, accumulation)
+    want_loss, want_losses, want_grads = one_device(family)
     difference = parity.max_difference(grads, want_grads)
     print(f"{family} {sizes} {accumulation}: {abs(loss - want_loss):.1e} {difference:.1e}")
-    assert int(count) == int(want_count)
+    assert abs(losses - want_losses).max() <= 10 * TOLERANCE  # of single tokens, about 6 each
     assert abs(float(loss) - float(want_loss)) <= TOLERANCE
     assert difference <= TOLERANCE
 
