@@ -6,6 +6,7 @@ the run folder alone: config.json, metrics.jsonl, time.jsonl, data.txt, checkpoi
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import time
@@ -168,7 +169,13 @@ def _checkpoints(run_dir: Path, heldout: Sequence[Mapping[str, Any]]) -> list[di
 
 
 def _size(folder: Path) -> int:
-    return sum(os.stat(p).st_size for p in folder.rglob("*") if p.is_file())
+    """Bytes, of those files that are still there: a save in the background deletes old ones."""
+    size = 0
+    for where, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                size += os.stat(os.path.join(where, name)).st_size
+    return size
 
 
 def _changed(config: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -112,3 +112,12 @@ def test_long_lines_are_thinned_and_short_ones_have_dots():
 ])  # fmt: skip
 def test_durations(seconds, text):
     assert run_page.duration(seconds) == text
+
+
+def test_a_checkpoint_that_is_being_deleted_does_not_stop_the_page(tmp_path):
+    folder = tmp_path / "checkpoints" / "3"
+    folder.mkdir(parents=True)
+    (folder / "there").write_bytes(b"123")
+    (folder / "gone").symlink_to("nowhere")
+    assert run_page._size(folder) == 3
+    assert run_page._size(tmp_path / "gone") == 0
