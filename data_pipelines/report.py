@@ -1,7 +1,9 @@
 """What is in files of conversations: a page, figures, and all numbers as JSON.
 
+    python -m data_pipelines.language --tatoeba=../shared/data/tatoeba --out=accuracy.json
     python -m data_pipelines.report --data='cache/real/*.train.jsonl' --tokenizer=DIR \\
-        --format=phoenix --length=2048 --dropped=cache/real/dropped.jsonl --out=report
+        --format=phoenix --length=2048 --dropped=cache/real/dropped.jsonl \\
+        --identification=accuracy.json --out=report
 
 writes to --out report.html (one file, nothing is loaded from elsewhere), report.json, and
 languages.png, fertility.png, groups.png and lengths.png.
@@ -246,6 +248,20 @@ def count_dropped(paths: Iterable[str]) -> dict[str, dict[str, Any]]:
     return result
 
 
+def read_identification(path: str) -> dict[str, Any]:
+    """What ``data_pipelines.language --out`` wrote; {} where there is no path."""
+    if not path:
+        return {}
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        found["languages"][0]["right_joined"], found["summary"]
+    except (ValueError, LookupError, TypeError) as error:
+        raise InputError(
+            f"--identification={path}: not a file that data_pipelines.language --out has written"
+        ) from error
+    return found
+
+
 def page(report: dict[str, Any]) -> str:
     """The report as one HTML file."""
     import jinja2
@@ -276,8 +292,10 @@ def main(_: list[str]) -> None:
     about = {"data": paths, "tokenizer": args.tokenizer, "format": args.format,
              "length": args.length}  # fmt: skip
     dropped = count_dropped(args.dropped)
+    identification = read_identification(args.identification)
     measured = measure(paths, tokenizer=tokenizer, chat_format=chat_format, length=args.length)
-    write({"about": about} | measured | {"dropped": dropped}, args.out)
+    rest = {"dropped": dropped, "identification": identification}
+    write({"about": about} | measured | rest, args.out)
     total = measured["total"]
     languages = len(measured["by"]["language"])
     print(
@@ -297,5 +315,8 @@ if __name__ == "__main__":
     flags.DEFINE_string("format", "phoenix", "Chat format.")
     flags.DEFINE_integer("length", 2048, "Positions in a row.", lower_bound=1)
     flags.DEFINE_list("dropped", [], "dropped.jsonl files of data_pipelines.build, to be counted.")
+    flags.DEFINE_string(
+        "identification", "", "What data_pipelines.language --out wrote: accuracy by language."
+    )
     flags.DEFINE_string("out", None, "Folder to write; safe to run again.", required=True)
     cli.run(main)

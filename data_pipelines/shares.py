@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import scipy.optimize
+import scipy.sparse
 
 from llmzoo_jax.errors import InputError
 
@@ -82,8 +84,12 @@ class Grouping:
     high: np.ndarray  # float64[groups]
 
 
+ROUNDS = 20_000  # of projections; most need a few dozen, and some pause for thousands
+ROUNDS_IN_VAIN = 1000  # where not all bounds can be kept
+
+
 def balance(
-    amounts: np.ndarray, groupings: Sequence[Grouping], *, total: float, rounds: int = 20_000
+    amounts: np.ndarray, groupings: Sequence[Grouping], *, total: float
 ) -> tuple[np.ndarray, bool]:
     """Amounts float64[cells] that add up to ``total`` and keep the bounds of every grouping; and
     whether they do keep all of them. The last grouping's are kept in any case.
@@ -95,7 +101,7 @@ def balance(
     base = np.log(amounts)
     scales = [np.zeros(len(amounts)) for _ in groupings]  # logarithms
     result = before = np.zeros(len(amounts))
-    for _ in range(rounds):
+    for _ in range(ROUNDS if can_be(groupings, total) else ROUNDS_IN_VAIN):
         for number, grouping in enumerate(groupings):
             others = base + sum(s for i, s in enumerate(scales) if i != number)
             largest = others.max()
@@ -111,6 +117,26 @@ def balance(
             return result, True
         before = result
     return result, all(_within(result, grouping, total) for grouping in groupings)
+
+
+def can_be(groupings: Sequence[Grouping], total: float) -> bool:
+    """Whether any amounts add up to ``total`` and keep all bounds: a linear programme."""
+    cells = np.arange(len(groupings[0].group))
+    ones = np.ones(len(cells))
+    sums = scipy.sparse.vstack(
+        [scipy.sparse.csr_matrix((ones, (g.group, cells)), (len(g.low), len(cells)))
+         for g in groupings]
+    )  # fmt: skip
+    low, high = (np.concatenate([getattr(g, side) for g in groupings]) for side in ("low", "high"))
+    slack = TOLERANCE * total
+    result = scipy.optimize.linprog(
+        np.zeros(len(cells)),
+        A_ub=scipy.sparse.vstack([sums, -sums]),
+        b_ub=np.concatenate([high + slack, slack - low]),
+        A_eq=ones[None],
+        b_eq=[total],
+    )
+    return result.success
 
 
 def _within(amounts: np.ndarray, grouping: Grouping, total: float) -> bool:

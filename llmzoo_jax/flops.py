@@ -53,24 +53,29 @@ class Work(NamedTuple):
 
 def forward(config: ModelConfig, work: Work) -> float:
     """FLOPs of a forward pass; a multiplication and an addition are two."""
-    D, N, H, L = config.hidden_size, config.num_heads, config.head_dim, config.num_layers
+    return _weights(config, work) + _attention(config, work)
+
+
+def training(config: ModelConfig, work: Work, *, frozen: bool = False) -> float:
+    """FLOPs of a training step: the backward pass takes two products for each of the forward's, or
+    one with weights that are ``frozen`` (adapters themselves, a hundredth, are not counted)."""
+    return (2 if frozen else 3) * _weights(config, work) + 3 * _attention(config, work)
+
+
+def _weights(config: ModelConfig, work: Work) -> float:
+    D, N, H = config.hidden_size, config.num_heads, config.head_dim
     if isinstance(config, LlamaConfig):
         K, matrices = config.num_kv_heads, 3 * D * config.intermediate_size
     elif isinstance(config, BloomConfig):
         K, matrices = N, 2 * D * 4 * D
     matrices += D * H * (N + 2 * K) + N * H * D  # query, key and value; output
-    attention = 2 * N * H  # scores and weighted sum, of a pair
-    return 2 * (
-        work.tokens * L * matrices
-        + work.pairs * L * attention
-        + work.loss_tokens * D * config.vocab_size
-    )
+    in_layers = work.tokens * config.num_layers * matrices
+    return 2 * (in_layers + work.loss_tokens * D * config.vocab_size)
 
 
-def training(config: ModelConfig, work: Work, *, frozen: bool = False) -> float:
-    """FLOPs of a training step: the backward pass takes two products for each of the forward's, or
-    one where the weights are ``frozen`` (adapters themselves, a hundredth, are not counted)."""
-    return (2 if frozen else 3) * forward(config, work)
+def _attention(config: ModelConfig, work: Work) -> float:
+    """Scores and the weighted sum."""
+    return 2 * work.pairs * config.num_layers * 2 * config.num_heads * config.head_dim
 
 
 def peak_flops(device_kind: str, configured: float) -> float | None:

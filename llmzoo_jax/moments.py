@@ -15,6 +15,7 @@ their root is kept: twice the range, and small ones never become zero beside a f
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -55,9 +56,13 @@ def compressed(tx: optax.GradientTransformation, dtype: str) -> optax.GradientTr
         return tx
     pack = {"bfloat16": _pack_bfloat16, "int8": _pack_int8}[dtype]
 
+    def zeros(name, moment, seed):  # not pack: XLA would fold all of it into constants, for long
+        made = jax.eval_shape(functools.partial(pack, name), moment, seed)
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), made)
+
     def init(params):
         count = jnp.zeros((), jnp.int32)
-        return Compressed(count, _map_matrices(pack, tx.init(params), count))
+        return Compressed(count, _map_matrices(zeros, tx.init(params), count))
 
     def update(updates, state, params=None):
         inner = jax.tree.map(_unpack, state.inner, is_leaf=_is_moment)

@@ -21,7 +21,7 @@ from llmzoo_jax.goodput import read as read_events
 
 POINTS = 400  # of a line, at most; of more, neighbours are averaged
 NEWEST = 10  # lines of metrics.jsonl of which a language's training loss is the mean
-WIDTH, WIDE, HEIGHT = 640, 1240, 220  # of a figure, and its margins
+WIDTH, HEIGHT = 640, 220  # of a figure, and its margins
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 12, 26
 
 Series = Sequence[tuple[float, float]]
@@ -58,10 +58,9 @@ def facts(run_dir: str | Path, *, now: float) -> dict[str, Any]:
         "last": steps[-1] if steps else {},
         "heldout": heldout[-1] if heldout else {},
         "best": min(heldout, key=lambda r: r["heldout_loss"]) if heldout else {},
-        "attention": _attention(heldout, account),
+        "attention": _attention(steps, heldout, account),
         "loss": chart(
-            {"training": _series(steps, "loss"), "held out": _series(heldout, "heldout_loss")},
-            width=WIDE,
+            {"training": _series(steps, "loss"), "held out": _series(heldout, "heldout_loss")}
         ),
         "figures": {
             title: chart(lines)
@@ -90,8 +89,12 @@ def _series(records: Sequence[Mapping[str, Any]], key: str) -> Series:
     return [(r["step"], r[key]) for r in records if key in r]
 
 
-def _attention(heldout: Sequence[Mapping[str, Any]], account: Goodput) -> list[str]:
+def _attention(
+    steps: Sequence[Mapping[str, Any]], heldout: Sequence[Mapping[str, Any]], account: Goodput
+) -> list[str]:
     found = []
+    if steps and steps[-1].get("skipped"):
+        found.append(f"{steps[-1]['skipped']:,} steps were skipped: not finite, or a spike")
     if account.restarts:
         found.append(
             f"{account.restarts} restart{'s' * (account.restarts > 1)}; steps of "
@@ -180,16 +183,15 @@ def _changed(config: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
 
 @dataclasses.dataclass(frozen=True)
 class Chart:
-    """Lines in an SVG of ``width`` x HEIGHT; ticks are (place, text)."""
+    """Lines in an SVG of WIDTH x HEIGHT; ticks are (place, text)."""
 
-    width: int
     lines: list[dict[str, Any]]  # name, path, dots: (x, y, text)
     x_ticks: list[tuple[float, str]]
     y_ticks: list[tuple[float, str]]
     text: str  # for those who can't see it
 
 
-def chart(series: Mapping[str, Series], *, width: int = WIDTH) -> Chart | None:
+def chart(series: Mapping[str, Series]) -> Chart | None:
     """None where there is nothing to draw. A line of few points has dots."""
     from matplotlib.ticker import MaxNLocator
 
@@ -205,7 +207,7 @@ def chart(series: Mapping[str, Series], *, width: int = WIDTH) -> Chart | None:
 
     def place(x, y):
         return (
-            round(LEFT + (x - x_low) / (x_high - x_low) * (width - LEFT - RIGHT), 1),
+            round(LEFT + (x - x_low) / (x_high - x_low) * (WIDTH - LEFT - RIGHT), 1),
             round(HEIGHT - BOTTOM - (y - y_low) / (y_high - y_low) * (HEIGHT - TOP - BOTTOM), 1),
         )
 
@@ -217,7 +219,6 @@ def chart(series: Mapping[str, Series], *, width: int = WIDTH) -> Chart | None:
         lines.append({"name": name, "path": path, "dots": dots if len(dots) <= 40 else []})
     last = ", ".join(f"{name} {points[-1][1]:.5g}" for name, points in series.items())
     return Chart(
-        width=width,
         lines=lines,
         x_ticks=[(place(x, 0)[0], f"{x:,.0f}") for x in x_values if x_low <= x <= x_high],
         y_ticks=[(place(0, y)[1], _number(y)) for y in y_values],

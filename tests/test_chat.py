@@ -190,6 +190,7 @@ def test_ctrl_c_in_a_terminal_stops_an_answer_and_a_second_leaves(run):
         process.send_signal(signal.SIGINT)
         wait_for(b"(stopped)", end)
         wait_for(b"you: ", end)
+        time.sleep(0.5)  # until input() waits for a key: a signal before that is seen with the key
         process.send_signal(signal.SIGINT)
         assert process.wait(30) == 0
     finally:

@@ -66,6 +66,14 @@ def test_seven_billion_parameters_take_six_flops_each_and_a_little_for_attention
     assert share == pytest.approx(1.041, abs=2e-3)
 
 
+def test_frozen_weights_save_their_gradients_and_nothing_of_attention():
+    config = CONFIGS["llama"]
+    weights, pairs = flops.Work(64, 0, 64), flops.Work(0, 64, 0)
+    for work, ratio in ((weights, 2 / 3), (pairs, 1.0)):
+        frozen = flops.training(config, work, frozen=True)
+        assert frozen == pytest.approx(ratio * flops.training(config, work))
+
+
 def test_padding_other_segments_and_prompts_are_not_counted():
     config = CONFIGS["bloom"]
     whole = flops.forward(config, flops.Work(tokens=64, pairs=64 * 65 / 2, loss_tokens=64))

@@ -87,6 +87,7 @@ def test_this_list_of_scripts_is_whole(repository):
 # --- one machine --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_local_processes_train_and_an_error_ends_them_all_at_once(folder, repository):
     config = [f"--config={folder}/config.py", f"--config.run_dir={folder}/local"]
     flags = [*config, "--config.optim.steps=2", "--config.eval_every=0"]

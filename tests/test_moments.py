@@ -109,6 +109,12 @@ def test_moments_of_matrices_take_two_bytes_or_one_and_a_sixteenth():
     assert took["int8"] == 2 * (64 * 128 + 4 * 64 * 128 // 64) + rest
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_moments_begin_at_zero(dtype):
+    state = moments.compressed(optax.scale_by_adam(), dtype).init(weight(jnp.ones((4, 64))))
+    assert not any(x.any() for x in jax.tree.leaves(state))
+
+
 def test_blocks_divide_the_axis_and_a_prime_axis_keeps_float32():
     assert [moments.block_size(n) for n in (4096, 11008, 48, 100, 67)] == [64, 64, 48, 50, 1]
     params = weight(jnp.zeros((8, 67)))

@@ -1,5 +1,6 @@
 """The numbers of a report are those of the data, and its page stands on its own."""
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -8,7 +9,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from data_pipelines.report import count_dropped, measure, page, write
+from data_pipelines import language
+from data_pipelines.report import count_dropped, measure, page, read_identification, write
 from llmzoo_jax.conversation import Message, write_jsonl
 from llmzoo_jax.errors import InputError
 from llmzoo_jax.packing import plan
@@ -216,3 +218,16 @@ def test_the_command_writes_page_numbers_and_figures(tmp_path, repository):
                          cwd=repository, capture_output=True, text=True)  # fmt: skip
     assert run.returncode == 1
     assert "error: " in run.stderr
+
+
+def test_the_accuracy_of_language_identification_is_in_the_report(report, tmp_path):
+    sentences = ["Съешь же ещё этих мягких французских булок, да выпей чаю."] * 10
+    row = language.measure("ru", sentences)
+    found = {"summary": language.summary([row]), "languages": [dataclasses.asdict(row)]}
+    (tmp_path / "accuracy.json").write_text(json.dumps(found), encoding="utf-8")
+    text = page(report | {"identification": read_identification(str(tmp_path / "accuracy.json"))})
+    assert row.right == 1.0
+    assert re.search(r"<bdi>ru</bdi></th><td>10</td><td>100\.0%</td>", text)
+    (tmp_path / "accuracy.json").write_text("[]", encoding="utf-8")
+    with pytest.raises(InputError, match=r"--identification=.*accuracy\.json"):
+        read_identification(str(tmp_path / "accuracy.json"))

@@ -45,7 +45,8 @@ def run_dir(tmp_path_factory):
     folder = make_run(tmp_path_factory.mktemp("page") / "a<b", "bpe")
     records = [
         {"step": 10 * n, "loss": 4 / n, "tokens_per_s": 1e4 + n, "loss_tokens_per_s": 6e3,
-         "packing": 0.97, "goodput": 0.5, "grad_norm": 1.0, "learning_rate": 1e-5 * n, "mfu": 0.412,
+         "packing": 0.97, "goodput": 0.5, "grad_norm": 1.0, "learning_rate": 1e-5 * n,
+         "mfu": 0.412, "skipped": 3,
          "loss_by_language": {"fr": 3.5 / n} | ({"ar": 4.5} if n == 1 else {})}
         for n in range(1, 5)
     ]  # fmt: skip
@@ -69,7 +70,8 @@ def test_the_page_has_the_figures_of_the_run(run_dir):
         "40 steps done", "1.0000 training loss", "2.5000 held-out loss; lowest 2.0000 at 20",
         "97.0% of the rows filled", "41.2% of the peak (MFU)", "10,004 tokens a second",
         "fr 1.8229 2.5000", "ar 4.5000 –", "train.jsonl: 3 conversations &amp; more",
-        "1 restart; steps of 0.7 s were computed again", "lowest at step 20 (2.0000) and has risen",
+        "3 steps were skipped", "1 restart; steps of 0.7 s were computed again",
+        "lowest at step 20 (2.0000) and has risen",
         "data.sequence_length 64 2048", "optim.learning_rate = 2e-05",
     ):  # fmt: skip
         assert wanted in text, wanted
