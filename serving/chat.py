@@ -184,6 +184,8 @@ def main(_) -> None:
     most = min(MAX_NEW_TOKENS.value, context // 2)
     sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a letter shows "?"
     if sys.stdin.isatty():
+        # A script that starts this in the background has Ctrl-C ignored.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401 (arrow keys and history in input)
     else:
