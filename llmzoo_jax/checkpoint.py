@@ -38,7 +38,8 @@ from llmzoo_jax.step import TrainState
 FREE_KEYS = (
     "run_dir", "log_every", "eval_every", "save_every", "keep_checkpoints", "keep_best", "mesh.",
     "hardware.", "optim.max_skipped", "optim.accumulation", "compute.remat", "compute.loss_chunk",
-    "compute.peak_flops", "data.cache_dir", "data.worker", "data.heldout",
+    "compute.attention", "compute.compile_cache", "compute.peak_flops", "data.cache_dir",
+    "data.worker", "data.heldout",
 )  # fmt: skip
 
 Step = int | Literal["latest", "best"]  # a checkpoint of a run; best: by its held-out loss

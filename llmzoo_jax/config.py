@@ -94,11 +94,14 @@ class ComputeConfig:
     """How the model is computed; none of it changes what the model is."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters stay float32
-    remat: Literal["none", "dots", "full"] = "dots"  # what the backward pass computes again
+    # What the backward pass computes again: "full" each layer, "dots" all but products, "offload"
+    # (GPU, TPU) the same, with the products kept in the host's memory, "none" nothing.
+    remat: Literal["none", "dots", "offload", "full"] = "dots"
     # How packed rows attend: "blocks" anywhere, "splash" on TPUs, "triton" on GPUs, all in memory
     # that grows with T; "scores" holds T x T (the reference); "auto" = the fastest.
     attention: Literal["auto", "blocks", "splash", "triton", "scores"] = "auto"
     loss_chunk: int = 0  # tokens of which logits are held at once; 0 = all of them
+    compile_cache: bool = True  # compiled programs are kept in data.cache_dir, for a restart
     peak_flops: float = 0.0  # FLOP/s of a device, for MFU; 0 = of its kind (flops.PEAK_FLOPS)
 
 

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from llmzoo_jax import lora, models
-from llmzoo_jax.config import ComputeConfig, ModelConfig
+from llmzoo_jax.config import ComputeConfig, ConfigError, ModelConfig
 from llmzoo_jax.models import attention
 from llmzoo_jax.packing import Batch
 from llmzoo_jax.sharding import tree_shardings
@@ -63,6 +63,11 @@ def resolve(compute: ComputeConfig, mesh: Mesh) -> ComputeConfig:
     """``compute`` for the devices of the mesh: what "auto" stands for there. Raises where they
     can't do what it asks for."""
     platform = mesh.devices.flat[0].platform
+    if compute.remat == "offload" and platform == "cpu":
+        raise ConfigError(
+            "compute.remat=offload: a CPU computes in the host's memory, there is nowhere to "
+            "offload to; set compute.remat=dots or full"
+        )
     return dataclasses.replace(compute, attention=attention.choose(compute.attention, platform))
 
 

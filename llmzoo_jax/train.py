@@ -25,6 +25,7 @@ from tqdm import tqdm
 from llmzoo_jax import (
     checkpoint,
     cli,
+    compile_cache,
     distributed,
     flops,
     hf,
@@ -117,8 +118,10 @@ def train(config: Config, *, profile: str = "") -> None:
     tx = optim.make_optimizer(config.optim, total)
     schedule = optim.schedule(config.optim, total)
     stop = StopSignal()
+    programs = Path(config.data.cache_dir) / "compiled" if compute.compile_cache else None
     with (
         jax.set_mesh(mesh),
+        compile_cache.kept_in(programs),
         checkpoint.open_manager(
             config.run_dir, keep=config.keep_checkpoints, keep_best=config.keep_best
         ) as manager,

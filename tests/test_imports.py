@@ -93,6 +93,7 @@ MAY_IMPORT = {
     "llmzoo_jax.peft_format": {*MODELS, "llmzoo_jax.lora", "llmzoo_jax.hf"},
     "llmzoo_jax.summary": {*CORE, "llmzoo_jax.metrics", "llmzoo_jax.step"},
     "llmzoo_jax.program": set(),
+    "llmzoo_jax.compile_cache": set(),
     "llmzoo_jax.vocabulary_loss": {*CORE, "llmzoo_jax.sharding"},
     "llmzoo_jax.targets": {"llmzoo_jax.errors"},
     "llmzoo_jax.hf": {*MODELS, "llmzoo_jax.hf_config"},

@@ -131,7 +131,8 @@ def loss_and_gradients(case, **compute):
 
 @pytest.mark.parametrize("case", parity.FAMILIES)
 @pytest.mark.parametrize(
-    ("remat", "loss_chunk"), [("full", 0), ("dots", 10), ("none", 1), ("full", 1000)]
+    ("remat", "loss_chunk"),
+    [("full", 0), ("dots", 10), ("none", 1), ("full", 1000), ("offload", 0)],
 )
 def test_remat_and_chunked_loss_change_nothing(case, remat, loss_chunk):
     loss, grads = loss_and_gradients(case, remat=remat, loss_chunk=loss_chunk)

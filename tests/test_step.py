@@ -11,7 +11,7 @@ import pytest
 
 from llmzoo_jax import optim, sharding
 from llmzoo_jax import step as steps
-from llmzoo_jax.config import ComputeConfig, MeshConfig, OptimConfig
+from llmzoo_jax.config import ComputeConfig, ConfigError, MeshConfig, OptimConfig
 from llmzoo_jax.packing import Batch, empty_rows, fill_rows, plan
 from tests import parity
 
@@ -244,6 +244,13 @@ def test_a_batch_without_loss_tokens_has_loss_0_and_gradients_0(compute, accumul
 
 
 # --- schedules and the decay mask ---------------------------------------------------------------
+
+
+def test_offloading_on_a_cpu_is_refused_and_auto_becomes_a_choice():
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    assert steps.resolve(ComputeConfig(), mesh).attention == "blocks"
+    with pytest.raises(ConfigError, match=r"compute.remat=offload.*compute.remat=dots"):
+        steps.resolve(ComputeConfig(remat="offload"), mesh)
 
 
 @pytest.mark.parametrize("name", ["cosine", "linear", "constant"])

@@ -225,7 +225,8 @@ def run_blocks(
     ``(x, kv_of_layer)``. ``blocks`` is stacked (one ``lax.scan``) or a tuple (unrolled).
 
     ``remat`` says what the backward pass computes again: "full" each layer, "dots" all but the
-    projections and the attention's output, "none" nothing."""
+    projections and the attention's output, "offload" as "dots", but what is kept waits in the
+    host's memory, "none" nothing."""
 
     def body(x, block_and_kv):
         block, kv = block_and_kv
@@ -236,6 +237,14 @@ def run_blocks(
         body = jax.checkpoint(body)
     elif remat == "dots":
         policy = jax.checkpoint_policies.save_only_these_names(SAVED)
+        body = jax.checkpoint(body, policy=policy)
+    elif remat == "offload":
+        policy = jax.checkpoint_policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=[SAVED],
+            offload_src="device",
+            offload_dst="pinned_host",
+        )
         body = jax.checkpoint(body, policy=policy)
     if not isinstance(blocks, tuple):
         return jax.lax.scan(body, x, (blocks, kv_cache))

@@ -1,0 +1,31 @@
+"""Compiled programs, kept in a folder: a run that goes on compiles nothing again."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+
+
+@contextlib.contextmanager
+def kept_in(folder: str | Path | None) -> Iterator[None]:
+    """Within it, what takes a second or more to compile is read from ``folder`` or written there;
+    None: it is compiled. A folder that JAX_COMPILATION_CACHE_DIR names is taken instead. A file
+    that can't be read is compiled again, with a warning."""
+    before = jax.config.jax_compilation_cache_dir
+    if before is not None:
+        yield
+        return
+    _use(None if folder is None else str(Path(folder).absolute()))
+    try:
+        yield
+    finally:
+        _use(before)
+
+
+def _use(folder: str | None) -> None:
+    jax.config.update("jax_compilation_cache_dir", folder)
+    compilation_cache.reset_cache()  # JAX opens the folder once, at the first compilation
