@@ -130,7 +130,7 @@ def _parse(hlo: str) -> tuple[dict[str, _Computation], str]:
         if header := _HEADER.match(line):
             current, root, name = {}, None, header[2]
             entry = name if header[1] else entry
-        elif line.startswith("}") and current is not None:
+        elif line == "}" and current is not None:
             computations[name], current = _Computation(current, root), None
         elif current is not None and (found := _LINE.match(line)):
             inside = _parenthesis(line, found.end())

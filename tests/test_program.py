@@ -79,7 +79,7 @@ def test_a_loop_that_data_ends_counts_once_and_is_named():
 
 
 # As a TPU's compiler writes: the bound of a loop stands in its condition, an asynchronous gather in
-# several computations, and what is marked S(1) stays on the chip.
+# several computations, what is marked S(1) stays on the chip, and a kernel's metadata has lines.
 TPU = """HloModule m
 
 %condition (p: (s32[], f32[8])) -> pred[] {
@@ -103,7 +103,10 @@ TPU = """HloModule m
   %s = (s32[]{:T(128)}, f32[8]{0:T(256)}) parameter(0)
   %j = s32[]{:T(128)} get-tuple-element(%s), index=0
   %x = f32[8]{0:T(256)} get-tuple-element(%s), index=1
-  %f1 = f32[8]{0:T(256)S(1)} fusion(%x), kind=kCustom, calls=%start
+  %k = f32[8]{0:T(256)} custom-call(%x), frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 512}"
+}}, metadata={op_name="kernel"}
+  %f1 = f32[8]{0:T(256)S(1)} fusion(%k), kind=kCustom, calls=%start
   %f2 = f32[8]{0:T(256)} fusion(%f1), kind=kCustom, calls=%done
   ROOT %t = (s32[]{:T(128)}, f32[8]{0:T(256)}) tuple(%j, %f2)
 }
@@ -118,5 +121,5 @@ ENTRY %main (a: (s32[], f32[8])) -> (s32[], f32[8]) {
 def test_the_text_of_a_tpus_compiler_is_understood():
     traffic = program.count_traffic(TPU)
     assert traffic.collectives == {"all-gather": 5 * 8 * 4}  # once a turn, not twice
-    assert traffic.bytes == 5 * (8 * 4 + 8 * 4)  # %x in and %f2 out; %f1 stays on the chip
+    assert traffic.bytes == 5 * 4 * (8 * 4)  # %k in and out, in again, %f2 out; not %f1
     assert traffic.unknown_loops == ()
