@@ -10,6 +10,14 @@ import pytest
 from llmzoo_jax import compile_cache
 
 
+@pytest.fixture(autouse=True)
+def no_folder_of_the_tests_own():
+    before = jax.config.jax_compilation_cache_dir
+    compile_cache._use(None)
+    yield
+    compile_cache._use(before)
+
+
 @pytest.fixture
 def keep_everything():
     """JAX keeps what took a second or more; here all of it."""
