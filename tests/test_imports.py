@@ -42,7 +42,7 @@ MAY_IMPORT = {
     "llmzoo_jax.byte_tokens": {"llmzoo_jax.conversation"},
     "llmzoo_jax.tokenizer": {*TEXT, "llmzoo_jax.errors", "llmzoo_jax.llama_tokenizer"},
     "llmzoo_jax.llama_tokenizer": {"llmzoo_jax.errors"},
-    "llmzoo_jax.text_stream": {"llmzoo_jax.errors"},
+    "llmzoo_jax.text_stream": {*TEXT, "llmzoo_jax.errors"},
     "llmzoo_jax.metrics": CORE,
     "llmzoo_jax.goodput": CORE,
     "llmzoo_jax.profiling": CORE,
