@@ -21,6 +21,7 @@ from llmzoo_jax.models.attention import (
     write_cache,
 )
 from llmzoo_jax.models.layers import Embedding, LayerNorm, Proj
+from llmzoo_jax.models.paged_attention import PageView
 from llmzoo_jax.sharding import constrain
 
 
@@ -36,7 +37,7 @@ class Attention(nnx.Module):
         q, k, v = jnp.moveaxis(self.qkv(x), 3, 0)  # each [B,T,N,H]
         k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)  # [B,N,T,H]
         if kv is not None:
-            kv = write_cache(kv, k, v, positions)
+            kv = write_cache(kv, k, v, mask, positions)
             k, v = kv
         slopes = jnp.array(self.slopes, jnp.float32)
         y = attend(
@@ -90,7 +91,7 @@ class Bloom(nnx.Module):
     def hidden(
         self,
         tokens: jax.Array,
-        mask: Mask,
+        mask: Mask | PageView,
         positions: jax.Array,
         *,
         kv_cache: KVCache | None = None,
@@ -99,7 +100,7 @@ class Bloom(nnx.Module):
         attention: str = "auto",
     ) -> tuple[jax.Array, KVCache | None]:
         key_positions = positions
-        if kv_cache is not None:
+        if kv_cache is not None and isinstance(mask, Mask):
             key_positions = slot_positions(kv_cache, len(tokens))
         x = self.embed_norm(self.embed(tokens, dtype))
         x = constrain(x, ("batch", "length", "act_embed"))

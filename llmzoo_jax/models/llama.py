@@ -13,6 +13,7 @@ from llmzoo_jax.config import LlamaConfig
 from llmzoo_jax.models import layers
 from llmzoo_jax.models.attention import KVCache, Mask, attend, write_cache
 from llmzoo_jax.models.layers import Embedding, Joint, Proj, RMSNorm
+from llmzoo_jax.models.paged_attention import PageView
 from llmzoo_jax.sharding import constrain
 
 
@@ -37,7 +38,7 @@ class Attention(nnx.Module):
         k = layers.apply_rope(k, rope)  # [B,T,K,H]
         k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)  # [B,K,T,H]
         if kv is not None:
-            kv = write_cache(kv, k, v, positions)
+            kv = write_cache(kv, k, v, mask, positions)
             k, v = kv
         return self.out(attend(q, k, v, mask, implementation=implementation)), kv
 
@@ -83,7 +84,7 @@ class Llama(nnx.Module):
     def hidden(
         self,
         tokens: jax.Array,
-        mask: Mask,
+        mask: Mask | PageView,
         positions: jax.Array,
         *,
         kv_cache: KVCache | None = None,
