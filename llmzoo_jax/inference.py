@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llmzoo_jax import checkpoint, hf, lora_run, models, peft_format
+from llmzoo_jax import checkpoint, embeddings, hf, lora_run, models, peft_format
 from llmzoo_jax import config as configs
 from llmzoo_jax import generate as decoding
 from llmzoo_jax.config import LlamaConfig, ModelConfig
@@ -152,6 +152,13 @@ class Model:
             stops = (*stops, *(() if _token_id(self.tokenizer, text) is not None else (text,)))
             after = after.partition(text)[0]
         return TextStream(self.tokenizer, (), stops, before, after, **options)
+
+    def embed(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
+        """float32 ``[B,D]``: the mean of the last hidden states of each prompt's tokens, of length
+        1."""
+        for i, prompt in enumerate(prompts):
+            self._check_ids(prompt, f"prompt {i + 1}")
+        return embeddings.embed(self.params, prompts, dtype=self.dtype)
 
     # --- below the surface ---
 

@@ -102,6 +102,7 @@ MAY_IMPORT = {
     "llmzoo_jax.hf": {*MODELS, "llmzoo_jax.hf_config"},
     "llmzoo_jax.hf_config": CORE,
     "llmzoo_jax.generate": {*MODELS, "llmzoo_jax.sampling"},
+    "llmzoo_jax.embeddings": MODELS,
     "llmzoo_jax.manifest": set(),
     "llmzoo_jax.retention": {"llmzoo_jax.manifest"},
     "llmzoo_jax.checkpoint": {
