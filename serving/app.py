@@ -80,13 +80,8 @@ def make_server(model: Model, engine: Engine, options: Options) -> Server:
             async def route(request: Request) -> Response:
                 state.check()
                 body = protocol.parse(kind, await http.read_body(request, options.max_body))
-                if body.model is not None and body.model not in options.names:
-                    raise ApiError(
-                        f"there is no model {body.model!r} here, but {', '.join(options.names)}",
-                        status=404,
-                        param="model",
-                        code="model_not_found",
-                    )
+                if body.model is not None:
+                    check_model(body.model)
                 facts = request.scope["state"]["facts"]
                 names = (getattr(body, key, None) for key in ("user", "safety_identifier"))
                 facts |= {"model": body.model, "user": next(filter(None, names), None)}
@@ -173,15 +168,30 @@ def make_server(model: Model, engine: Engine, options: Options) -> Server:
         text.check_ids(body.tokens, "tokens")
         return JSONResponse({"prompt": await text.run(text.decode, body.tokens)})
 
+    def entry(name: str) -> dict[str, Any]:
+        parent = next(iter(options.names)) if options.names[name] else None
+        return {
+            "id": name, "object": "model", "created": started, "owned_by": "llmzoo_jax",
+            "root": model.path, "parent": parent, "max_model_len": options.context,
+        }  # fmt: skip
+
+    def check_model(name: str) -> None:
+        if name not in options.names:
+            names = ", ".join(options.names)
+            raise ApiError(
+                f"there is no model {name!r} here, but {names}",
+                status=404, param="model", code="model_not_found",
+            )  # fmt: skip
+
     @app.get("/v1/models")
     async def models() -> Response:
-        entries = [
-            {"id": name, "object": "model", "created": started, "owned_by": "llmzoo_jax"}
-            | {"root": model.path, "parent": adapter and next(iter(options.names))}
-            | {"max_model_len": options.context}
-            for name, adapter in options.names.items()
-        ]
-        return JSONResponse({"object": "list", "data": entries})
+        return JSONResponse({"object": "list", "data": [entry(name) for name in options.names]})
+
+    @app.get("/v1/models/{name:path}")
+    @http.answering
+    async def one_model(request: Request) -> Response:
+        check_model(request.path_params["name"])
+        return JSONResponse(entry(request.path_params["name"]))
 
     @app.get("/health")
     async def health() -> Response:

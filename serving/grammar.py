@@ -16,6 +16,8 @@ from serving.protocol import ApiError, ResponseFormat
 from serving.requests import Grammar
 
 JSON_OBJECT = {"type": "object"}
+# Between the parts of JSON: room to indent, but a model that likes spaces has to go on.
+JSON_OPTIONS = {"whitespace_pattern": "[ \\n\\t]{0,20}"}
 KEPT = 64  # compiled grammars
 
 
@@ -85,17 +87,26 @@ class Grammars:
             name, asked = "response_format", [("json", _schema(shape))]
         if not asked:
             return lambda: None
+        self._check(request, name)
         kind, value = asked[0]
         matcher = self._compiled(name, kind, json.dumps(value, ensure_ascii=False))
         words = -(-self._model.config.vocab_size // 32)
         return lambda: TokenGrammar(matcher.deep_copy(), words)
+
+    def _check(self, request: Any, name: str) -> None:
+        """At its end only a stop token may follow, so there must be one, and it must be allowed."""
+        if not self._model.stop_ids:
+            raise ApiError(f"{name}: the model has no stop token", param=name)
+        for other in ("ignore_eos", "min_tokens"):
+            if getattr(request, other):
+                raise ApiError(f"{other} can't be used with {name}", param=other)
 
     def _compile(self, name: str, kind: str, value: str) -> llguidance.LLMatcher:
         value = json.loads(value)
         make = llguidance.LLMatcher
         try:
             if kind == "json":
-                text = make.grammar_from_json_schema(value)
+                text = make.grammar_from_json_schema(value, defaults=JSON_OPTIONS)
             elif kind == "regex":
                 text = make.grammar_from_regex(value)
             elif kind == "choice":
@@ -136,4 +147,9 @@ class _Tokens:
         self._tokenizer = tokenizer
 
     def __call__(self, text: str) -> list[int]:
-        return self._tokenizer(text, add_special_tokens=False).input_ids
+        """Without the space that some tokenizers put before a text."""
+        before = self._tokenizer("\x02", add_special_tokens=False).input_ids
+        ids = self._tokenizer("\x02" + text, add_special_tokens=False).input_ids
+        if ids[: len(before)] != before:
+            return self._tokenizer(text, add_special_tokens=False).input_ids
+        return ids[len(before) :]
