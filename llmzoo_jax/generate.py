@@ -76,15 +76,15 @@ def generate(
     *,
     sampling: Sampling,
     stop_ids: Sequence[int] = (),
-    stopped: Callable[[list[int]], bool] | None = None,
+    stopped: Callable[[int, list[int]], bool] | None = None,
     on_tokens: Callable[[int, list[int]], None] | None = None,
     dtype: str = "float32",
 ) -> list[Generated]:
     """Continues ``prompts`` (lists of token ids, of any lengths) as one batch.
 
-    ``stopped(new tokens of a row)`` is asked after every window whether the row has ended, for
-    example because its text has a stop string. ``on_tokens(row, tokens so far)`` is called after
-    every window, for streaming. Row i samples with the seed ``sampling.seed + i``.
+    ``on_tokens(row, tokens so far)`` is called after every window, for streaming; then
+    ``stopped(row, tokens so far)`` is asked whether the row has ended, for example because its text
+    has a stop string. Row i samples with the seed ``sampling.seed + i``.
     """
     lengths = [len(prompt) for prompt in prompts]
     if not prompts or 0 in lengths:
@@ -118,7 +118,7 @@ def generate(
             rows[i] = _until_stop(row, stops)
             if on_tokens is not None:
                 on_tokens(i, rows[i])
-            ended[i] = bool(done[i]) or (stopped is not None and stopped(rows[i]))
+            ended[i] = bool(done[i]) or (stopped is not None and stopped(i, rows[i]))
         if all(ended) or count >= M:
             break
         used += window

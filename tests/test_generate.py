@@ -288,7 +288,7 @@ def test_the_stopped_callback_ends_its_row_only():
     seen: dict[tuple, list[int]] = {}
     unwanted = full[5][:3]
 
-    def stopped(tokens):
+    def stopped(row, tokens):
         seen.setdefault(tuple(tokens), []).append(len(tokens))
         return tokens[:3] == unwanted
 

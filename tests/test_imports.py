@@ -43,7 +43,7 @@ MAY_IMPORT = {
     "llmzoo_jax.byte_tokens": {"llmzoo_jax.conversation"},
     "llmzoo_jax.tokenizer": {*TEXT, "llmzoo_jax.errors", "llmzoo_jax.llama_tokenizer"},
     "llmzoo_jax.llama_tokenizer": {"llmzoo_jax.errors"},
-    "llmzoo_jax.text_stream": {"llmzoo_jax.errors"},
+    "llmzoo_jax.text_stream": {*TEXT, "llmzoo_jax.errors"},
     "llmzoo_jax.metrics": CORE,
     "llmzoo_jax.goodput": CORE,
     "llmzoo_jax.profiling": CORE,
@@ -102,6 +102,7 @@ MAY_IMPORT = {
     "llmzoo_jax.hf": {*MODELS, "llmzoo_jax.hf_config"},
     "llmzoo_jax.hf_config": CORE,
     "llmzoo_jax.generate": {*MODELS, "llmzoo_jax.sampling"},
+    "llmzoo_jax.embeddings": MODELS,
     "llmzoo_jax.manifest": set(),
     "llmzoo_jax.retention": {"llmzoo_jax.manifest"},
     "llmzoo_jax.checkpoint": {
