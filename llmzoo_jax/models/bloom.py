@@ -64,7 +64,9 @@ class Block(nnx.Module):
         self.down = Proj((F,), (D,), axes=("mlp", "embed"), **init)
 
     def join(self):
-        """For decoding: see ``layers.Joint``. Query, key and value are one projection already."""
+        """For decoding: see ``layers.Proj.transpose``. Query, key and value are one already."""
+        for projection in (self.attention.qkv, self.attention.out, self.up, self.down):
+            projection.transpose()
 
     def __call__(self, x, kv, mask, positions, key_positions, implementation):
         y = self.norm1(x)

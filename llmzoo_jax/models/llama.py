@@ -31,6 +31,7 @@ class Attention(nnx.Module):
     def join(self):
         self.qkv = nnx.data(Joint(self.q, self.k, self.v))
         del self.q, self.k, self.v
+        self.out.transpose()
 
     def __call__(self, x, kv, mask, positions, rope, implementation):
         q, k, v = self.qkv(x) if self.qkv else (self.q(x), self.k(x), self.v(x))
@@ -57,10 +58,11 @@ class Block(nnx.Module):
         self.gate_up = None
 
     def join(self):
-        """For decoding: see ``layers.Joint``."""
+        """For decoding: see ``layers.Joint`` and ``layers.Proj.transpose``."""
         self.attention.join()
         self.gate_up = nnx.data(Joint(self.gate, self.up))
         del self.gate, self.up
+        self.down.transpose()
 
     def __call__(self, x, kv, mask, positions, rope, implementation):
         y, kv = self.attention(self.norm1(x), kv, mask, positions, rope, implementation)
