@@ -18,6 +18,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,6 +35,7 @@ from serving.engine import Engine
 from serving.runner import EngineOptions
 
 KEYS = "LLMZOO_API_KEYS"  # environment variable
+POLL = 0.2  # seconds until a second signal is noticed
 log = logging.getLogger("serving")
 
 
@@ -49,8 +51,8 @@ def serve(
     """Serves until SIGTERM or SIGINT; returns the exit code.
 
     It listens at once, and is ready when ``engine.start()`` and ``warm_up()`` are done. At a signal
-    new requests get a 503, and those that run have ``drain_seconds`` to finish; a second signal
-    does not wait for them.
+    new requests get a 503, and those that run have ``drain_seconds`` to finish; then, or at a
+    second signal, they fail.
     """
     config = uvicorn.Config(
         server.app, host=host, port=port, lifespan="off", log_config=None, access_log=False,
@@ -62,7 +64,7 @@ def serve(
 
 async def _serve(http_server, server, engine, drain_seconds, warm_up) -> int:
     loop, state = asyncio.get_running_loop(), server.state
-    failed = drained = False
+    failed, closed, hurry = False, False, threading.Event()
 
     def start() -> None:
         nonlocal failed
@@ -76,17 +78,18 @@ async def _serve(http_server, server, engine, drain_seconds, warm_up) -> int:
             failed = http_server.should_exit = True
 
     def drain() -> None:
-        nonlocal drained
-        if not engine.drain(drain_seconds):
-            log.warning("requests were aborted", extra={"facts": {"after": drain_seconds}})
-        engine.close()  # every request that is left fails with a reason
-        drained = True
-        http_server.should_exit = True  # after what the last answers have to send
+        nonlocal closed
+        end = time.monotonic() + drain_seconds
+        while not engine.drain(POLL) and time.monotonic() < end and not hurry.is_set():
+            pass
+        engine.close()  # what is left fails with a reason
+        closed = True
+        http_server.should_exit = True  # when the last answers are sent
 
     def on_signal(name: str) -> None:
         log.info("stopping", extra={"facts": {"signal": name}})
         if state.draining:
-            http_server.force_exit = http_server.should_exit = True
+            hurry.set()
         elif state.ready:
             state.draining = True
             threading.Thread(target=drain, daemon=True).start()
@@ -100,9 +103,9 @@ async def _serve(http_server, server, engine, drain_seconds, warm_up) -> int:
         loop.add_signal_handler(one, on_signal, one.name)
     threading.Thread(target=start, daemon=True).start()
     await serving
-    if not drained:
+    if not closed:
         engine.close()
-    return 1 if failed or (state.ready and not drained) else 0
+    return int(failed)
 
 
 # --- the command --------------------------------------------------------------------------------
