@@ -1,5 +1,6 @@
 """Attention over pages is attention over the rows that they hold, wherever the pages lie."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from serving.steps import pair_up
 B, K, G, H, S = 4, 2, 3, 8, 4
 LENGTHS = (1, 7, 12, 18)
 WIDTH = 3
+compiled = jax.jit(paged_attention)
 
 
 def rows(seed=0):
@@ -71,7 +73,7 @@ def test_one_query_a_row_gives_what_all_scores_give(seed, apart, slopes):
     positions = np.array(LENGTHS)[:, None] - 1
     if slopes:
         slopes = jnp.asarray(attention.alibi_slopes(K * G), jnp.float32).reshape(K, G)
-    got = paged_attention(q, *caches, view(mine, positions, apart), slopes=slopes)
+    got = compiled(q, *caches, view(mine, positions, apart), slopes=slopes)
     keys = np.broadcast_to(np.arange(max(LENGTHS)), (B, max(LENGTHS)))
     want = plain_attention(q, k, v, cache_mask(positions), slopes=slopes, positions=keys)
     np.testing.assert_allclose(got, want, atol=2e-6)
@@ -84,7 +86,7 @@ def test_queries_of_whole_pages_see_what_stands_before_them():
     q = np.random.default_rng(8).normal(size=(B, K, G, S, H)).astype(np.float32)
     starts = np.array([0, 4, 8, 12])
     positions = starts[:, None] + np.arange(S)
-    got = paged_attention(q, *caches, view(mine, positions))
+    got = compiled(q, *caches, view(mine, positions))
     want = plain_attention(q, k, v, cache_mask(jnp.asarray(positions)))
     inside = positions < np.array(LENGTHS)[:, None]  # behind a row's end is nothing to compare
     for row in range(B):
@@ -98,7 +100,7 @@ def test_a_row_without_pages_gives_zeros():
     mine[1] = []
     caches = filled(tables(0), *rows())
     q = np.ones((B, K, G, 1, H), np.float32)
-    got = np.asarray(paged_attention(q, *caches, view(mine, [[5]] * B)))
+    got = np.asarray(compiled(q, *caches, view(mine, [[5]] * B)))
     assert not got[1].any()
     assert np.isfinite(got).all()
 
@@ -109,7 +111,7 @@ def test_int8_pages_are_close():
     q = np.random.default_rng(9).normal(size=(B, K, G, 1, H)).astype(np.float32)
     positions = np.array(LENGTHS)[:, None] - 1
     exact, rounded = (
-        np.asarray(paged_attention(q, *filled(mine, k, v, dtype), view(mine, positions)))
+        np.asarray(compiled(q, *filled(mine, k, v, dtype), view(mine, positions)))
         for dtype in (jnp.float32, jnp.int8)
     )
     assert 0 < np.abs(exact - rounded).max() < 0.05
