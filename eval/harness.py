@@ -13,6 +13,7 @@ It is an extra: pip install 'llmzoo-jax[eval]'.
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,20 @@ from llmzoo_jax import cli
 from llmzoo_jax.errors import InputError
 
 
+@functools.cache
+def task_manager(include_path: str) -> Any:
+    """Reading the names of all the harness's tasks takes seconds, so it is done once."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=include_path or None)
+
+
 def evaluate(backend: Any, tasks: list[str], *, include_path: str = "", **options: Any) -> Any:
     """``lm_eval.simple_evaluate`` with ``options``, and with tasks of ``include_path`` beside its
     own. Raises InputError for a task that there is none of."""
     import lm_eval
-    from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(include_path=include_path or None)
+    manager = task_manager(include_path)
     unknown = [task for task in tasks if not manager.match_tasks([task])]
     if unknown:
         raise InputError(
