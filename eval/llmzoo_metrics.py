@@ -26,7 +26,7 @@ def metric(reviews: Sequence[Review], *, horizontal: bool) -> dict[str, Any]:
     ``horizontal`` has all models alike; without, the first is the reference. Sums are from left to
     right, in float64, as its Python has them.
     """
-    models = reviews[0].models
+    models = reviews[0].declared or reviews[0].models
     counted = [review for review in reviews if review.category not in LEFT_OUT]
     n = len(counted)
     if not n:

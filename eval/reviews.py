@@ -7,8 +7,8 @@ answers, and an order has the rank of each (1 is best, equal ones share a rank, 
      "category": "generic", "answer_ids": ["..."], "text": "... Assistant 1 > Assistant 2",
      "metadata": {"question": "...", "answers": ["..."], "model_ids": ["..."]}, "order": [1, 2]}
 
-``eval.judge`` adds ``aspect``, and ``how`` the order was read. With scores, ``score`` is in place
-of ``order``: a number for each answer, the higher the better.
+``eval.judge`` adds ``aspect``, ``models`` as they were named, and ``how`` the order was read. With
+scores, ``score`` is in place of ``order``: a number for each answer, the higher the better.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ class Review:
     category: str = ""
     aspect: str = ""
     judge: str = ""
+    declared: tuple[str, ...] = ()  # the models in the order of the benchmark, the reference first
     where: str = ""  # file:line
 
     @property
@@ -98,6 +99,7 @@ def from_record(record: dict[str, Any], where: str) -> Review:
         category=record.get("category", ""),
         aspect=record.get("aspect", ""),
         judge=record.get("reviewer_id", ""),
+        declared=tuple(record.get("models", models)),
         where=where,
     )
 

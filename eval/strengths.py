@@ -83,10 +83,20 @@ def bradley_terry(orders: Orders, *, positions: bool = False, length: bool = Fal
     return _fit(orders, _pairs(orders), positions=positions, length=length)
 
 
-def win_rates(fit: Fit, more: np.ndarray | float = 0.0) -> np.ndarray:
-    """Of each model, the mean over all others of P(win) + P(tie) / 2, as the fit says for answers
-    of one length; ``more[K]`` are effects to add to the strengths, such as those of positions."""
-    return _win_rates(fit.strengths + more, fit.ties)
+def win_rates(fit: Fit) -> np.ndarray:
+    """Of each model, the mean over the others of P(win) + P(tie) / 2 that the fit says for answers
+    of one length and without any effect of the position."""
+    return _win_rates(fit.strengths, fit.ties)
+
+
+def fixed_order_shift(fit: Fit) -> np.ndarray:
+    """How much higher each win rate would be if model k always stood in position k than it is when
+    all stand equally often in all positions: the error that a fixed order makes."""
+    places = fit.positions
+    difference = places[:, None] - places[None, :]
+    apart = difference[~np.eye(len(places), dtype=bool)]  # of any two positions
+    rates = [_win_rates(fit.strengths, fit.ties, more) for more in apart]
+    return _win_rates(fit.strengths + places, fit.ties) - np.mean(rates, 0)
 
 
 def win_rate_intervals(fit: Fit, level: float = 0.95) -> list[tuple[float, float, float]]:
@@ -104,10 +114,11 @@ def win_rate_intervals(fit: Fit, level: float = 0.95) -> list[tuple[float, float
     return result
 
 
-def _win_rates(strengths: np.ndarray, ties: np.ndarray) -> np.ndarray:
+def _win_rates(strengths: np.ndarray, ties: np.ndarray, more: float = 0.0) -> np.ndarray:
+    """``more`` is added to each difference of a model and another one."""
     K = len(strengths)
     tie = np.exp(ties[1]) if len(ties) > 1 else 0.0
-    difference = np.clip(strengths[:, None] - strengths[None, :], -500, 500)
+    difference = np.clip(strengths[:, None] - strengths[None, :] + more, -500, 500)
     odds = np.exp(difference / 2)  # sqrt of worth i over worth j
     scores = (odds + tie / 2) / (odds + 1 / odds + tie)
     np.fill_diagonal(scores, 0.0)

@@ -237,7 +237,8 @@ class Engine:
     def _decode(self, ready: list[Row], pending: bool) -> None:
         o = self.options
         limit = o.short_window if pending else o.window
-        if any(row.request.grammar is not None for row in ready):
+        # A first token is waited for; a grammar must see each token before the next one.
+        if any(not row.started or row.request.grammar is not None for row in ready):
             limit = 1
         limit = min(limit, max(row.left for row in ready))
         ready = self._grow(ready, limit)

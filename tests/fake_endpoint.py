@@ -48,9 +48,11 @@ def badly(body, times):
 class FakeEndpoint:
     """``with FakeEndpoint(fate) as server:``; ``server.log`` is every request, in order."""
 
-    def __init__(self, fate=well, *, delay=0.0, slow=0.45, retry_after="0", usage=True, error=None):
+    def __init__(self, fate=well, *, delay=0.0, slow=0.45, retry_after="0", usage=True, error=None,
+                 says=None):  # fmt: skip
         self.fate, self.delay, self.slow, self.usage = fate, delay, slow, usage
         self.retry_after, self.error = retry_after, error  # error: (status, text) of all requests
+        self.says = says or content  # (body, fate) -> text, finish reason
         self.log = []
         self.authorization = set()
         self.in_flight = self.most_in_flight = 0
@@ -101,7 +103,7 @@ class FakeEndpoint:
             self.in_flight += 1
             self.most_in_flight = max(self.most_in_flight, self.in_flight)
             limit = body.get("max_tokens") or body["max_completion_tokens"]
-            reply, finish = content(body, fate)
+            reply, finish = self.says(body, fate)
             # As a tokenizer does: a token has three bytes or so, a message a few of its own.
             prompt = sum(len(m["content"].encode()) // 3 + 8 for m in body["messages"])
             completion = limit if fate == "cut off" else min(limit, len(reply.encode()) // 3 + 1)

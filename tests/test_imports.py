@@ -123,7 +123,15 @@ MAY_IMPORT = {
         "data_pipelines",
     },
     "serving": {"llmzoo_jax", "serving"},
-    "eval": {"llmzoo_jax", "eval"},
+    # The client of endpoints, formats of questions, and language identification.
+    "eval": {
+        "llmzoo_jax",
+        "eval",
+        "data_pipelines.endpoint",
+        "data_pipelines.ledger",
+        "data_pipelines.language",
+        "data_pipelines.sources",
+    },
 }
 NO_JAX = (
     "llmzoo_jax", "llmzoo_jax.errors", "llmzoo_jax.cli", "llmzoo_jax.config",
