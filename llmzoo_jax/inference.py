@@ -245,6 +245,7 @@ def _stops(stop: str | Sequence[str]) -> tuple[str, ...]:
 # --- chat formats on a tokenizer ----------------------------------------------------------------
 
 
+@functools.lru_cache(maxsize=8)
 def answer_frame(chat_format: ChatFormat) -> tuple[str, str]:
     """What the format lets the model write before and after the content of an answer: a space and
     ``</s>``, say. Found by writing one, so it holds for a checkpoint's own template, too."""
@@ -283,7 +284,7 @@ def stop_token_ids(tokenizer: Any, chat_format: ChatFormat | None) -> tuple[int,
 
 
 def _token_id(tokenizer: Any, text: str) -> int | None:
-    return tokenizer.get_vocab().get(text)
+    return tokenizer.backend_tokenizer.token_to_id(text)
 
 
 # --- loading ------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ POST = {  # what each route takes
     "/tokenize": protocol.TokenizeRequest,
     "/detokenize": protocol.DetokenizeRequest,
 }
-GET = ("/v1/models", "/health", "/ready", "/metrics")
+GET = ("/v1/models", "/tokenizer_info", "/health", "/ready", "/metrics")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,7 +166,7 @@ def make_server(model: Model, engine: Engine, options: Options) -> Server:
     @post("/detokenize")
     async def detokenize(body: protocol.DetokenizeRequest, request: Request) -> Response:
         text.check_ids(body.tokens, "tokens")
-        return JSONResponse({"prompt": await text.run(text.decode, body.tokens)})
+        return JSONResponse({"prompt": await text.run(text.decode, body.tokens, True)})
 
     def entry(name: str) -> dict[str, Any]:
         parent = next(iter(options.names)) if options.names[name] else None
@@ -182,6 +182,13 @@ def make_server(model: Model, engine: Engine, options: Options) -> Server:
                 f"there is no model {name!r} here, but {names}",
                 status=404, param="model", code="model_not_found",
             )  # fmt: skip
+
+    @app.get("/tokenizer_info")
+    async def tokenizer_info() -> Response:
+        """vLLM's, which lm-evaluation-harness asks for."""
+        names = ("bos_token", "eos_token", "unk_token", "pad_token", "chat_template")
+        found = {name: getattr(model.tokenizer, name, None) for name in names}
+        return JSONResponse(found | {"model_max_length": options.context})
 
     @app.get("/v1/models")
     async def models() -> Response:
