@@ -21,6 +21,7 @@ from flax import nnx
 from llmzoo_jax import models
 from llmzoo_jax.errors import InputError
 from llmzoo_jax.models import KVCache
+from llmzoo_jax.sampling import Params, choose
 
 WINDOW = 16  # tokens decoded in one call; a stop string is noticed at its end
 STREAM_WINDOW = 4  # the same where somebody watches
@@ -75,15 +76,15 @@ def generate(
     *,
     sampling: Sampling,
     stop_ids: Sequence[int] = (),
-    stopped: Callable[[list[int]], bool] | None = None,
+    stopped: Callable[[int, list[int]], bool] | None = None,
     on_tokens: Callable[[int, list[int]], None] | None = None,
     dtype: str = "float32",
 ) -> list[Generated]:
     """Continues ``prompts`` (lists of token ids, of any lengths) as one batch.
 
-    ``stopped(new tokens of a row)`` is asked after every window whether the row has ended, for
-    example because its text has a stop string. ``on_tokens(row, tokens so far)`` is called after
-    every window, for streaming. Row i samples with the seed ``sampling.seed + i``.
+    ``on_tokens(row, tokens so far)`` is called after every window, for streaming; then
+    ``stopped(row, tokens so far)`` is asked whether the row has ended, for example because its text
+    has a stop string. Row i samples with the seed ``sampling.seed + i``.
     """
     lengths = [len(prompt) for prompt in prompts]
     if not prompts or 0 in lengths:
@@ -95,16 +96,17 @@ def generate(
     tokens = np.zeros((B, T), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
-    seeds = (sampling.seed + np.arange(B)).astype(np.uint32)
-    params = _Params(
-        jnp.float32(sampling.temperature), jnp.int32(sampling.top_k), jnp.float32(sampling.top_p)
+    params = Params(
+        temperature=np.full(B, sampling.temperature, np.float32),
+        top_k=np.full(B, min(sampling.top_k, 2**31 - 1), np.int32),
+        top_p=np.full(B, sampling.top_p, np.float32),
+        min_p=np.zeros(B, np.float32),
+        seed=(sampling.seed + np.arange(B)).astype(np.uint32),
     )
-    filters = sampling.temperature > 0 and (sampling.top_k > 0 or sampling.top_p < 1)
-    mode = "greedy" if sampling.temperature == 0 else "filtered" if filters else "sampled"
     stops = np.asarray(sorted(set(stop_ids)) or [-1], np.int32)
     state = _prefill(
-        model, tokens, np.asarray(lengths, np.int32), seeds, params, stops,
-        slots=_bucket(used + window), new=_bucket(M), mode=mode, dtype=dtype,
+        model, tokens, np.asarray(lengths, np.int32), params, stops,
+        slots=_bucket(used + window), new=_bucket(M), dtype=dtype,
     )  # fmt: skip
     ended, rows = [False] * B, [[] for _ in range(B)]
     while True:
@@ -116,13 +118,13 @@ def generate(
             rows[i] = _until_stop(row, stops)
             if on_tokens is not None:
                 on_tokens(i, rows[i])
-            ended[i] = bool(done[i]) or (stopped is not None and stopped(rows[i]))
+            ended[i] = bool(done[i]) or (stopped is not None and stopped(i, rows[i]))
         if all(ended) or count >= M:
             break
         used += window
         state = _decode_window(
             model, _grow(state._replace(done=jnp.asarray(ended)), slots=_bucket(used)),
-            seeds, params, stops, limit=min(count + window, M), mode=mode, dtype=dtype,
+            params, stops, limit=min(count + window, M), dtype=dtype,
         )  # fmt: skip
     return [Generated(row, "stop" if ended[i] else "length") for i, row in enumerate(rows)]
 
@@ -143,15 +145,9 @@ def _until_stop(row: list[int], stops: np.ndarray) -> list[int]:
 # --- on the device ------------------------------------------------------------------------------
 
 
-class _Params(NamedTuple):
-    temperature: jax.Array
-    top_k: jax.Array
-    top_p: jax.Array
-
-
-@functools.partial(jax.jit, static_argnames=("slots", "new", "mode", "dtype"))
+@functools.partial(jax.jit, static_argnames=("slots", "new", "dtype"))
 def _prefill(
-    model, tokens, lengths, seeds, params, stops, *, slots: int, new: int, mode: str, dtype: str
+    model, tokens, lengths, params: Params, stops, *, slots: int, new: int, dtype: str
 ) -> DecodeState:
     """Fills the cache with ``tokens[B,T]`` (right-padded) and chooses the first new token. What
     the padding writes into the cache lies behind every query until a token overwrites it."""
@@ -163,7 +159,7 @@ def _prefill(
     mask = models.cache_mask(positions)
     hidden, cache = model.hidden(tokens, mask, positions, kv_cache=cache, dtype=jnp.dtype(dtype))
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]  # [B,D]
-    chosen = choose(model.logits(last), seeds, lengths, params, mode=mode)
+    chosen = choose(model.logits(last), lengths, params)
     return DecodeState(
         tokens=jnp.zeros((B, new), jnp.int32).at[:, 0].set(chosen),
         count=jnp.int32(1),
@@ -189,9 +185,9 @@ def _pad_cache(state: DecodeState, *, more: int) -> DecodeState:
     return state._replace(kv_cache=jax.tree.map(pad, state.kv_cache))
 
 
-@functools.partial(jax.jit, static_argnames=("mode", "dtype"), donate_argnames=("state",))
+@functools.partial(jax.jit, static_argnames=("dtype",), donate_argnames=("state",))
 def _decode_window(
-    model, state: DecodeState, seeds, params, stops, *, limit, mode: str, dtype: str
+    model, state: DecodeState, params: Params, stops, *, limit, dtype: str
 ) -> DecodeState:
     """Decodes until ``state.count`` is ``limit`` or every row is done."""
 
@@ -205,7 +201,7 @@ def _decode_window(
             dtype=jnp.dtype(dtype),
         )
         positions = state.positions + 1
-        chosen = choose(model.logits(hidden[:, 0]), seeds, positions, params, mode=mode)
+        chosen = choose(model.logits(hidden[:, 0]), positions, params)
         return DecodeState(
             tokens=jax.lax.dynamic_update_slice(state.tokens, chosen[:, None], (0, state.count)),
             count=state.count + 1,
@@ -216,40 +212,6 @@ def _decode_window(
         )
 
     return jax.lax.while_loop(lambda s: (s.count < limit) & ~s.done.all(), step, state)
-
-
-def choose(logits, seeds, positions, params: _Params, *, mode: str) -> jax.Array:
-    """The next token of each row, int32[B], from float32 ``logits[B,V]``.
-
-    ``mode`` is "greedy", "sampled" or "filtered" (top-k and top-p). The key of a draw is made from
-    the row's seed and the position of the drawn token, so it does not depend on the batch.
-    """
-    if mode == "greedy":
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = logits / params.temperature
-    if mode == "filtered":
-        logits = filter_logits(logits, params.top_k, params.top_p)
-
-    def draw(seed, position, row):
-        return jax.random.categorical(jax.random.fold_in(jax.random.key(seed), position), row)
-
-    return jax.vmap(draw)(seeds, positions, logits).astype(jnp.int32)
-
-
-def filter_logits(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
-    """-inf for what top-k and then top-p leave out of ``logits[B,V]``, as HF's
-    ``TopKLogitsWarper`` (tokens tied with the k-th stay) and ``TopPLogitsWarper`` (the least likely
-    tokens go, as long as their probabilities add up to 1 - top_p at most; one stays)."""
-    V = logits.shape[-1]
-    order = jnp.argsort(logits, axis=-1)  # ascending
-    ranked = jnp.take_along_axis(logits, order, axis=-1)
-    k = jnp.where(top_k > 0, jnp.minimum(top_k, V), V)
-    kth = jnp.take_along_axis(ranked, jnp.broadcast_to(V - k, (len(logits), 1)), axis=-1)
-    ranked = jnp.where(ranked < kth, -jnp.inf, ranked)
-    up_to = jnp.cumsum(jax.nn.softmax(ranked, axis=-1), axis=-1)
-    gone = (up_to <= 1 - top_p) & (top_p < 1) & (jnp.arange(V) < V - 1)
-    ranked = jnp.where(gone, -jnp.inf, ranked)
-    return jnp.take_along_axis(ranked, jnp.argsort(order, axis=-1), axis=-1)
 
 
 def prepare(model: nnx.Module) -> Any:

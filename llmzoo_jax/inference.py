@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llmzoo_jax import checkpoint, hf, lora_run, models, peft_format
+from llmzoo_jax import checkpoint, embeddings, hf, lora_run, models, peft_format
 from llmzoo_jax import config as configs
 from llmzoo_jax import generate as decoding
 from llmzoo_jax.config import LlamaConfig, ModelConfig
@@ -92,8 +92,7 @@ class Model:
             seed=seed,
         )  # fmt: skip
         ids = [self._tokenize(prompt) for prompt in prompts]
-        # The text that follows a prompt may depend on its last tokens: a space, half a character.
-        streams = [self._stream(row[-8:], _stops(stop)) for row in ids]
+        streams = [self.text_stream(row, _stops(stop)) for row in ids]
         return self._decode(ids, sampling, streams) if ids else []
 
     def chat(
@@ -119,12 +118,7 @@ class Model:
             seed=seed,
         )  # fmt: skip
         prompt = self.prompt(messages)
-        before, after = answer_frame(self.format)
-        stops = _stops(stop)
-        for text in self.format.stop:  # one token where it can be; else looked for in the text
-            stops += () if _token_id(self.tokenizer, text) is not None else (text,)
-            after = after.partition(text)[0]
-        stream = self._stream((), stops, before, after)
+        stream = self.answer_stream(_stops(stop))
         return self._decode([prompt], sampling, [stream], on_text)[0]
 
     def prompt(self, messages: Sequence[Message | Mapping[str, str]]) -> list[int]:
@@ -139,6 +133,33 @@ class Model:
         turns = [_message(m, number) for number, m in enumerate(messages, 1)]
         return encode_prompt(turns, tokenizer=self.tokenizer, chat_format=self.format)
 
+    def text_stream(
+        self, prompt: Sequence[int], stops: Sequence[str] = (), **options: Any
+    ) -> TextStream | None:
+        """The text that continues ``prompt``; ``options`` are TextStream's. None without a
+        tokenizer."""
+        if self.tokenizer is not None:
+            # It may depend on the last tokens: a space, half a character.
+            return TextStream(self.tokenizer, prompt[-8:], stops, **options)
+        if stops:
+            raise LoadError(f"{self.path} has no tokenizer, so no stop string can be found")
+        return None
+
+    def answer_stream(self, stops: Sequence[str] = (), **options: Any) -> TextStream:
+        """The text of an answer in the model's chat format."""
+        before, after = answer_frame(self.format)
+        for text in self.format.stop:  # one token where it can be; else looked for in the text
+            stops = (*stops, *(() if _token_id(self.tokenizer, text) is not None else (text,)))
+            after = after.partition(text)[0]
+        return TextStream(self.tokenizer, (), stops, before, after, **options)
+
+    def embed(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
+        """float32 ``[B,D]``: the mean of the last hidden states of each prompt's tokens, of length
+        1."""
+        for i, prompt in enumerate(prompts):
+            self._check_ids(prompt, f"prompt {i + 1}")
+        return embeddings.embed(self.params, prompts, dtype=self.dtype)
+
     # --- below the surface ---
 
     def _tokenize(self, prompt: str | Sequence[int]) -> list[int]:
@@ -149,13 +170,6 @@ class Model:
                 f"{self.path} has no tokenizer.json and no tokenizer.model; give token ids"
             )
         return list(self.tokenizer(prompt).input_ids)
-
-    def _stream(self, context, stops: tuple[str, ...], *frame: str) -> TextStream | None:
-        if self.tokenizer is not None:
-            return TextStream(self.tokenizer, context, stops, *frame)
-        if stops:
-            raise LoadError(f"{self.path} has no tokenizer, so no stop string can be found")
-        return None
 
     def _decode(self, prompts, sampling: Sampling, streams, on_text=None) -> list[Result]:
         """``streams`` has a TextStream a row, or None without a tokenizer."""
@@ -175,15 +189,17 @@ class Model:
 
         def on_tokens(row: int, tokens: list[int]) -> None:
             if streams[row] is not None:
-                show(streams[row].feed(tokens))
+                show(streams[row].feed(tokens[streams[row].count :]))
 
-        stops = streams[0].stops if streams[0] is not None else ()
+        def stopped(row: int, tokens: list[int]) -> bool:
+            return streams[row] is not None and streams[row].stopped_by is not None
+
         rows = decoding.generate(
             self.params,
             prompts,
             sampling=sampling,
             stop_ids=self.stop_ids,
-            stopped=(lambda row: streams[0].finds_stop(row)) if stops else None,
+            stopped=stopped,
             on_tokens=on_tokens,
             dtype=self.dtype,
         )
@@ -191,10 +207,10 @@ class Model:
         for prompt, row, stream in zip(prompts, rows, streams, strict=True):
             text, tokens, reason = None, row.tokens, row.finish_reason
             if stream is not None:
-                show(stream.feed(tokens) + stream.finish(whole=reason == "stop"))
+                show(stream.finish(whole=reason == "stop"))
                 text = stream.text
-                if stream.ended_at is not None:
-                    tokens, reason = tokens[: stream.ended_at], "stop"
+                if stream.stopped_by is not None:
+                    tokens, reason = tokens[: stream.count], "stop"
             results.append(Result(text, tokens, reason, len(prompt)))
         return results
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from llmzoo_jax import generate as decoding
+from llmzoo_jax import sampling as choosing
 from llmzoo_jax.errors import InputError
-from llmzoo_jax.generate import WINDOW, Sampling, filter_logits, generate
+from llmzoo_jax.generate import WINDOW, Sampling, generate
 from tests import parity
 
 ROWS, NEW = 20, 64
@@ -36,6 +37,14 @@ def random_prompts(case, seed=0):
 def greedy_rows(case):
     """The reference of many tests: greedy, to the end."""
     return generate(model_of(case), random_prompts(case), sampling=Sampling(max_new_tokens=NEW))
+
+
+def filter_logits(logits, top_k, top_p):
+    """The same filters for every row."""
+    rows = np.ones(len(logits), np.float32)
+    return choosing.filter_logits(
+        jnp.asarray(logits), (top_k * rows).astype(np.int32), top_p * rows, 0 * rows
+    )
 
 
 def tokens_of(results):
@@ -167,7 +176,7 @@ def test_filters_equal_those_of_transformers(kind):
             want = TopKLogitsWarper(top_k)(None, want)
         if top_p < 1:
             want = TopPLogitsWarper(top_p)(None, want)
-        got = np.asarray(filter_logits(jnp.asarray(logits), jnp.int32(top_k), jnp.float32(top_p)))
+        got = np.asarray(filter_logits(logits, top_k, top_p))
         assert ((got == logits) | (got == -np.inf)).all()
         if not np.array_equal(np.sort(got), np.sort(want.numpy())):
             kept = [(np.asarray(x) > -np.inf).sum(-1).tolist() for x in (got, want)]
@@ -279,7 +288,7 @@ def test_the_stopped_callback_ends_its_row_only():
     seen: dict[tuple, list[int]] = {}
     unwanted = full[5][:3]
 
-    def stopped(tokens):
+    def stopped(row, tokens):
         seen.setdefault(tuple(tokens), []).append(len(tokens))
         return tokens[:3] == unwanted
 

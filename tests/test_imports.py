@@ -26,6 +26,7 @@ TOKENS = {"llmzoo_jax.packing", "llmzoo_jax.shards", "llmzoo_jax.tokenise"}
 BELOW_MODELS = {"llmzoo_jax.sharding", "llmzoo_jax.config", "llmzoo_jax.errors"}
 KERNELS = {
     "llmzoo_jax.models.packed_attention",
+    "llmzoo_jax.models.paged_attention",
     "llmzoo_jax.models.splash",
     "llmzoo_jax.models.triton_attention",
 }
@@ -42,7 +43,7 @@ MAY_IMPORT = {
     "llmzoo_jax.byte_tokens": {"llmzoo_jax.conversation"},
     "llmzoo_jax.tokenizer": {*TEXT, "llmzoo_jax.errors", "llmzoo_jax.llama_tokenizer"},
     "llmzoo_jax.llama_tokenizer": {"llmzoo_jax.errors"},
-    "llmzoo_jax.text_stream": {"llmzoo_jax.errors"},
+    "llmzoo_jax.text_stream": {*TEXT, "llmzoo_jax.errors"},
     "llmzoo_jax.metrics": CORE,
     "llmzoo_jax.goodput": CORE,
     "llmzoo_jax.profiling": CORE,
@@ -75,6 +76,8 @@ MAY_IMPORT = {
     },
     "llmzoo_jax.models": MODELS,
     "llmzoo_jax.models.packed_attention": BELOW_MODELS,
+    "llmzoo_jax.models.paged_attention": set(),
+    "llmzoo_jax.sampling": set(),
     "llmzoo_jax.models.splash": {*BELOW_MODELS, "llmzoo_jax.models.packed_attention"},
     "llmzoo_jax.models.triton_attention": {"llmzoo_jax.models.packed_attention"},
     "llmzoo_jax.models.attention": {*BELOW_MODELS, *KERNELS},
@@ -98,7 +101,8 @@ MAY_IMPORT = {
     "llmzoo_jax.targets": {"llmzoo_jax.errors"},
     "llmzoo_jax.hf": {*MODELS, "llmzoo_jax.hf_config"},
     "llmzoo_jax.hf_config": CORE,
-    "llmzoo_jax.generate": MODELS,
+    "llmzoo_jax.generate": {*MODELS, "llmzoo_jax.sampling"},
+    "llmzoo_jax.embeddings": MODELS,
     "llmzoo_jax.manifest": set(),
     "llmzoo_jax.retention": {"llmzoo_jax.manifest"},
     "llmzoo_jax.checkpoint": {

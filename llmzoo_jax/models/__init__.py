@@ -29,6 +29,7 @@ __all__ = [
     "cache_mask",
     "init",
     "init_cache",
+    "kv_heads",
     "logits",
     "num_params",
     "packed_mask",
@@ -50,10 +51,13 @@ def num_params(model: nnx.Module) -> int:
     return sum(x.size for x in jax.tree.leaves(model))
 
 
+def kv_heads(config: ModelConfig) -> int:
+    return config.num_kv_heads if isinstance(config, LlamaConfig) else config.num_heads
+
+
 def init_cache(config: ModelConfig, batch: int, slots: int, *, dtype, unrolled: bool) -> KVCache:
     """An empty cache for ``batch`` rows of up to ``slots`` tokens; ``unrolled`` as the blocks."""
-    kv_heads = config.num_kv_heads if isinstance(config, LlamaConfig) else config.num_heads
-    shape = (batch * kv_heads, slots, config.head_dim)
+    shape = (batch * kv_heads(config), slots, config.head_dim)
     if not unrolled:
         return KVCache(*(jnp.zeros((config.num_layers, *shape), dtype) for _ in range(2)))
     return KVCache(

@@ -17,12 +17,14 @@ from jax.ad_checkpoint import checkpoint_name
 from llmzoo_jax.errors import InputError
 from llmzoo_jax.models import triton_attention
 from llmzoo_jax.models.packed_attention import SAVED, packed_attention
+from llmzoo_jax.models.paged_attention import PageView, paged_attention, write_pages
 from llmzoo_jax.models.splash import MAX_POSITIONS, splash_attention
 
 
 class KVCache(NamedTuple):
     """Keys and values, ``[L,BK,S,H]`` or a tuple of L arrays ``[BK,S,H]``: row b has the heads
-    from b * K. Slot s holds the key of position s: rows of any length start at slot 0."""
+    from b * K. Slot s holds the key of position s: rows of any length start at slot 0. To serve, a
+    tuple of L ``paged_attention.Pages``."""
 
     k: Any
     v: Any
@@ -56,8 +58,12 @@ def slot_positions(cache: KVCache, batch: int) -> jax.Array:
     return jnp.broadcast_to(jnp.arange(slots), (batch, slots))
 
 
-def write_cache(cache: KVCache, k: jax.Array, v: jax.Array, positions: jax.Array) -> KVCache:
+def write_cache(
+    cache: KVCache, k: jax.Array, v: jax.Array, mask: Mask | PageView, positions: jax.Array
+) -> KVCache:
     """Puts ``k, v [B,K,T,H]`` of consecutive ``positions[B,T]`` into one layer's cache."""
+    if isinstance(mask, PageView):
+        return KVCache(write_pages(cache.k, k, mask), write_pages(cache.v, v, mask))
     B, K, _, H = k.shape
     starts = positions[:, 0]
     if B > 32:  # a scatter; rows one by one would make the program too long
@@ -125,7 +131,7 @@ def attend(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    mask: Mask,
+    mask: Mask | PageView,
     *,
     alibi_slopes: jax.Array | None = None,
     key_positions: jax.Array | None = None,
@@ -137,13 +143,18 @@ def attend(
     ``slope * key_position`` (``key_positions[B,S]``), which differs from ``slope * distance`` by a
     constant per query, so the softmax is the same (Press et al., 2022). Returns ``[B,T,N,H]``.
     ``implementation`` is a key of ``IMPLEMENTATIONS``, or "auto" for the default backend's best;
-    with a cache there is one way, by all scores.
+    with a cache there is one way, by all scores; with pages (``k, v`` are ``Pages``) another.
     """
     B, T, N, H = q.shape
-    K = k.shape[1] if k.ndim == 4 else k.shape[0] // B
+    if isinstance(mask, PageView):
+        K = k.values.shape[1]
+    else:
+        K = k.shape[1] if k.ndim == 4 else k.shape[0] // B
     q = jnp.moveaxis(q.reshape(B, T, K, N // K, H), 1, 3)  # [B,K,G,T,H]
     slopes = None if alibi_slopes is None else alibi_slopes.reshape(K, N // K)
-    if mask.last is not None:
+    if isinstance(mask, PageView):
+        y = paged_attention(q, k, v, mask, slopes=slopes)
+    elif mask.last is not None:
         y = plain_attention(q, k, v, mask, slopes=slopes, positions=key_positions)
     else:
         if implementation == "auto":

@@ -21,6 +21,7 @@ from llmzoo_jax.models.attention import (
     write_cache,
 )
 from llmzoo_jax.models.layers import Embedding, LayerNorm, Proj
+from llmzoo_jax.models.paged_attention import PageView
 from llmzoo_jax.sharding import constrain
 
 
@@ -36,7 +37,7 @@ class Attention(nnx.Module):
         q, k, v = jnp.moveaxis(self.qkv(x), 3, 0)  # each [B,T,N,H]
         k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)  # [B,N,T,H]
         if kv is not None:
-            kv = write_cache(kv, k, v, positions)
+            kv = write_cache(kv, k, v, mask, positions)
             k, v = kv
         slopes = jnp.array(self.slopes, jnp.float32)
         y = attend(
@@ -63,7 +64,9 @@ class Block(nnx.Module):
         self.down = Proj((F,), (D,), axes=("mlp", "embed"), **init)
 
     def join(self):
-        """For decoding: see ``layers.Joint``. Query, key and value are one projection already."""
+        """For decoding: see ``layers.Proj.transpose``. Query, key and value are one already."""
+        for projection in (self.attention.qkv, self.attention.out, self.up, self.down):
+            projection.transpose()
 
     def __call__(self, x, kv, mask, positions, key_positions, implementation):
         y = self.norm1(x)
@@ -90,7 +93,7 @@ class Bloom(nnx.Module):
     def hidden(
         self,
         tokens: jax.Array,
-        mask: Mask,
+        mask: Mask | PageView,
         positions: jax.Array,
         *,
         kv_cache: KVCache | None = None,
@@ -99,7 +102,7 @@ class Bloom(nnx.Module):
         attention: str = "auto",
     ) -> tuple[jax.Array, KVCache | None]:
         key_positions = positions
-        if kv_cache is not None:
+        if kv_cache is not None and isinstance(mask, Mask):
             key_positions = slot_positions(kv_cache, len(tokens))
         x = self.embed_norm(self.embed(tokens, dtype))
         x = constrain(x, ("batch", "length", "act_embed"))

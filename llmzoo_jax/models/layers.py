@@ -48,6 +48,11 @@ def _matmul_backward(saved, dy):  # dy[...,N]
 matmul.defvjp(lambda x, w: (matmul(x, w), (x, w)), _matmul_backward)
 
 
+def matmul_transposed(x: jax.Array, w: jax.Array) -> jax.Array:
+    """``x[...,K] @ w[N,K].T``."""
+    return jax.lax.dot_general(x, w, (((x.ndim - 1,), (1,)), ((), ())))
+
+
 class Proj(nnx.Module):
     """A linear map of the axes ``inputs`` to ``outputs``, both given by their sizes: from
     ``x[...,*inputs]`` to ``[...,*outputs]``. ``w[*inputs,*outputs]`` is normal(0, std), ``b`` zero.
@@ -72,10 +77,21 @@ class Proj(nnx.Module):
         self.b = nnx.Param(jnp.zeros(outputs), axes=tuple(axes[len(inputs) :])) if bias else None
         self.outputs = tuple(outputs)
         self.lora = None
+        self.transposed = False
+
+    def transpose(self) -> None:
+        """For decoding: ``w`` as ``[N,K]``, inputs last. The product of a few rows with it is up to
+        1.4 times as fast on a CPU, which else turns the whole weight for every product."""
+        if isinstance(self.w, nnx.Param):
+            size = math.prod(self.outputs)
+            self.w = nnx.Param(self.w[...].reshape(-1, size).T)
+            self.transposed = True
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = x.reshape(*x.shape[: x.ndim - self.num_inputs], -1)
-        if isinstance(self.w, nnx.Param):
+        if self.transposed:
+            y = matmul_transposed(x, self.w[...].astype(x.dtype))
+        elif isinstance(self.w, nnx.Param):
             y = matmul(x, self.w[...].astype(x.dtype).reshape(x.shape[-1], -1))
         else:
             y = self.w.matmul(x)
@@ -87,22 +103,23 @@ class Proj(nnx.Module):
 
 class Joint(nnx.Module):
     """Projections of one input as a single product, for decoding: a CPU reads one large weight
-    faster than several small ones. Gives their outputs in order."""
+    faster than several small ones. ``w[N,K]`` as ``Proj.transpose``. Gives their outputs in order.
+    """
 
     def __init__(self, *projections: Proj):
         n = projections[0].num_inputs
         inputs = projections[0].w.shape[:n]
         self.num_inputs = n
         self.outputs = tuple(tuple(p.w.shape[n:]) for p in projections)
-        flat = [p.w[...].reshape(math.prod(inputs), -1) for p in projections]
-        self.w = nnx.Param(jnp.concatenate(flat, axis=1))
+        flat = [p.w[...].reshape(math.prod(inputs), -1).T for p in projections]
+        self.w = nnx.Param(jnp.concatenate(flat))
         self.b = None
         if projections[0].b is not None:
             self.b = nnx.data(nnx.Param(jnp.concatenate([p.b[...].ravel() for p in projections])))
 
     def __call__(self, x: jax.Array) -> list[jax.Array]:
         x = x.reshape(*x.shape[: x.ndim - self.num_inputs], -1)
-        y = matmul(x, self.w[...].astype(x.dtype))
+        y = matmul_transposed(x, self.w[...].astype(x.dtype))
         if self.b is not None:
             y = y + self.b[...].astype(x.dtype)
         ends = list(itertools.accumulate(map(math.prod, self.outputs)))

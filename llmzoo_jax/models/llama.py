@@ -13,6 +13,7 @@ from llmzoo_jax.config import LlamaConfig
 from llmzoo_jax.models import layers
 from llmzoo_jax.models.attention import KVCache, Mask, attend, write_cache
 from llmzoo_jax.models.layers import Embedding, Joint, Proj, RMSNorm
+from llmzoo_jax.models.paged_attention import PageView
 from llmzoo_jax.sharding import constrain
 
 
@@ -30,6 +31,7 @@ class Attention(nnx.Module):
     def join(self):
         self.qkv = nnx.data(Joint(self.q, self.k, self.v))
         del self.q, self.k, self.v
+        self.out.transpose()
 
     def __call__(self, x, kv, mask, positions, rope, implementation):
         q, k, v = self.qkv(x) if self.qkv else (self.q(x), self.k(x), self.v(x))
@@ -37,7 +39,7 @@ class Attention(nnx.Module):
         k = layers.apply_rope(k, rope)  # [B,T,K,H]
         k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)  # [B,K,T,H]
         if kv is not None:
-            kv = write_cache(kv, k, v, positions)
+            kv = write_cache(kv, k, v, mask, positions)
             k, v = kv
         return self.out(attend(q, k, v, mask, implementation=implementation)), kv
 
@@ -56,10 +58,11 @@ class Block(nnx.Module):
         self.gate_up = None
 
     def join(self):
-        """For decoding: see ``layers.Joint``."""
+        """For decoding: see ``layers.Joint`` and ``layers.Proj.transpose``."""
         self.attention.join()
         self.gate_up = nnx.data(Joint(self.gate, self.up))
         del self.gate, self.up
+        self.down.transpose()
 
     def __call__(self, x, kv, mask, positions, rope, implementation):
         y, kv = self.attention(self.norm1(x), kv, mask, positions, rope, implementation)
@@ -83,7 +86,7 @@ class Llama(nnx.Module):
     def hidden(
         self,
         tokens: jax.Array,
-        mask: Mask,
+        mask: Mask | PageView,
         positions: jax.Array,
         *,
         kv_cache: KVCache | None = None,

@@ -1,0 +1,104 @@
+"""Pages of the key/value cache: who has them, and which begin like a new prompt. No JAX.
+
+A page that is full, and whose tokens before it are known, is published under (the page before it,
+its tokens), so a new request finds the longest beginning that any request had. Pages that nobody
+uses any more stay published until they are needed, those unused for longest go first.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+
+_serials = itertools.count()
+
+
+@dataclass(eq=False, slots=True)
+class Page:
+    """``number`` is its place in the cache. ``written``: its keys and values are there, or will be
+    before anything that is computed later."""
+
+    number: int
+    users: int = 1
+    written: bool = False
+    key: Hashable | None = None  # where it is published
+    serial: int = field(default_factory=lambda: next(_serials))  # never used again, as numbers are
+
+
+class PagePool:
+    """Pages 1 to ``total``; page 0 is nobody's."""
+
+    def __init__(self, total: int, size: int):
+        self.total, self.size = total, size
+        self._free = list(range(total, 0, -1))
+        self._published: dict[Hashable, Page] = {}
+        self._unused: OrderedDict[Page, None] = OrderedDict()  # published, without users
+
+    @property
+    def available(self) -> int:
+        return len(self._free) + len(self._unused)
+
+    @property
+    def cached(self) -> int:
+        return len(self._unused)
+
+    @property
+    def used(self) -> int:
+        return self.total - self.available
+
+    def take(self) -> Page:
+        """A page of one's own. Raises IndexError where none is ``available``."""
+        if self._free:
+            return Page(self._free.pop())
+        if not self._unused:
+            raise IndexError("no page is free")
+        page, _ = self._unused.popitem(last=False)
+        del self._published[page.key]
+        return Page(page.number)
+
+    def find(self, tokens: Sequence[int], salt: Hashable) -> list[Page]:
+        """The published pages with which ``tokens`` begin, now used once more. ``salt`` tells apart
+        what makes other keys and values of the same tokens: an adapter."""
+        pages: list[Page] = []
+        before: Hashable = salt
+        for start in range(0, len(tokens) - self.size + 1, self.size):
+            page = self._published.get((before, tuple(tokens[start : start + self.size])))
+            if page is None:
+                break
+            if page.users == 0:
+                del self._unused[page]
+            page.users += 1
+            pages.append(page)
+            before = page.serial
+        return pages
+
+    def publish(self, page: Page, before: Page | None, tokens: Sequence[int], salt: Hashable):
+        """Lets others find a full page; nothing where they find another one already."""
+        key = (salt if before is None else before.serial, tuple(tokens))
+        if page.key is None and key not in self._published:
+            page.key = key
+            self._published[key] = page
+
+    def release(self, pages: Sequence[Page]) -> None:
+        """Gives pages of one row back: the last ones first, since they are of no use without those
+        before them. One that was never written can't be found any more."""
+        for page in reversed(pages):
+            page.users -= 1
+            if page.users > 0:
+                continue
+            if page.key is not None and page.written:
+                self._unused[page] = None
+            else:
+                if page.key is not None:
+                    del self._published[page.key]
+                self._free.append(page.number)
+
+    def forget(self) -> None:
+        """Nothing is published any more: the contents are lost."""
+        for page in list(self._published.values()):
+            page.key = None
+        self._free.extend(page.number for page in self._unused)
+        self._unused.clear()
+        self._published.clear()

@@ -1,0 +1,144 @@
+"""A running request, as the engine keeps it between windows. No JAX."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from serving.pages import Page
+from serving.requests import Logprob, OnOutput, Output, Request
+from serving.steps import FLOATS, INTS, STOPS, Scores, Window
+
+LONGEST_LOOP = 32  # tokens that ``repetition_stop`` takes for one round
+
+
+@dataclass(eq=False)
+class Row:
+    """``tokens`` are prompt and answer. All but the last are, or will be, in ``pages``: the last is
+    what the next step reads."""
+
+    request: Request
+    on_output: OnOutput
+    stop_ids: tuple[int, ...]
+    tokens: list[int]
+    slot: int = -1
+    pages: list[Page] = field(default_factory=list)
+    published: int = 0  # pages from the start
+    filled: int = 0  # the same, of those that are sure to be written
+    cached_tokens: int = 0
+    prompt_logprobs: list[Logprob | None] | None = None
+    started: bool = False  # something has come out
+
+    @property
+    def salt(self):
+        return self.request.adapter
+
+    @property
+    def generated(self) -> int:
+        return len(self.tokens) - len(self.request.prompt)
+
+    @property
+    def left(self) -> int:
+        return self.request.sampling.max_tokens - self.generated
+
+    @property
+    def penalised(self) -> bool:
+        s = self.request.sampling
+        return (s.repetition_penalty, s.presence_penalty, s.frequency_penalty) != (1.0, 0.0, 0.0)
+
+    def pack(self, into: np.ndarray) -> None:
+        """Its line of ``steps.pack_rows``."""
+        s = self.request.sampling
+        ints = {
+            "last": self.tokens[-1],
+            "position": len(self.tokens) - 1,
+            "slot": self.slot,
+            "active": 1,
+            "left": self.left,
+            "min_left": s.min_tokens - self.generated,
+            "seed": np.uint32(s.seed).view(np.int32),
+            "top_k": min(s.top_k, 2**31 - 1),
+            "logprobs": s.logprobs is not None,
+        }
+        floats = {
+            "temperature": s.temperature,
+            "top_p": s.top_p,
+            "min_p": s.min_p,
+            "repetition": s.repetition_penalty,
+            "presence": s.presence_penalty,
+            "frequency": s.frequency_penalty,
+        }
+        into[: len(INTS)] = [ints[name] for name in INTS]
+        values = np.array([floats[name] for name in FLOATS], np.float32)
+        into[len(INTS) : STOPS.start] = values.view(np.int32)
+        into[STOPS.start : STOPS.start + len(self.stop_ids)] = self.stop_ids
+        numbers = [page.number for page in self.pages]
+        into[STOPS.stop : STOPS.stop + len(numbers)] = numbers
+
+    def take(self, window: Window, column: int) -> Output | None:
+        """Takes what the window has for it; None if it has nothing new to say."""
+        s = self.request.sampling
+        new: list[int] = []
+        logprobs: list[Logprob] = []
+        reason, stop = None, None
+        for i, token in enumerate(window.tokens[:, column].tolist()):
+            if token < 0 or reason is not None:
+                break
+            if token in self.stop_ids and self.generated + 1 > s.min_tokens:
+                reason, stop = "stop", token
+                break
+            self.tokens.append(token)
+            new.append(token)
+            if s.logprobs is not None:
+                logprobs.append(
+                    Logprob(
+                        float(window.logprobs[i, column]),
+                        top(window.top_ids[i, column], window.top_logprobs[i, column], s.logprobs),
+                    )
+                )
+            if self.left <= 0:
+                reason = "length"
+            if s.repetition_stop and loops(self.tokens[-self.generated :], s.repetition_stop):
+                reason = "repetition"
+        if not new and reason is None:
+            return None
+        return self.say(
+            Output(new, reason, logprobs if s.logprobs is not None else None, stop_token=stop)
+        )
+
+    def say(self, output: Output) -> Output:
+        """``output``, with what comes once if it is the first one."""
+        if self.started:
+            return output
+        self.started = True
+        return Output(
+            output.tokens, output.finish_reason, output.logprobs, self.prompt_logprobs,
+            output.stop_token, self.cached_tokens, output.error,
+        )  # fmt: skip
+
+    def take_scores(self, scores: Scores, block: int, start: int) -> None:
+        """The log-probabilities of the prompt's tokens that follow those of one page."""
+        n = self.request.sampling.prompt_logprobs
+        if n is None or self.prompt_logprobs is None:
+            return
+        for i in range(scores.logprobs.shape[1]):
+            place = start + i + 1
+            if place < len(self.request.prompt):
+                self.prompt_logprobs[place] = Logprob(
+                    float(scores.logprobs[block, i]),
+                    top(scores.top_ids[block, i], scores.top_logprobs[block, i], n),
+                )
+
+
+def top(ids: np.ndarray, logprobs: np.ndarray, n: int) -> list[tuple[int, float]]:
+    return list(zip(ids[:n].tolist(), logprobs[:n].tolist(), strict=True))
+
+
+def loops(tokens: list[int], times: int) -> bool:
+    """Whether ``tokens`` end with ``times`` times the same tokens, one to LONGEST_LOOP of them."""
+    for n in range(1, min(LONGEST_LOOP, len(tokens) // times) + 1):
+        end = tokens[-n * times :]
+        if end == end[-n:] * times:
+            return True
+    return False

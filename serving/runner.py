@@ -1,0 +1,204 @@
+"""An engine's side of the device: the model, the cache, the compiled programs, and rows packed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llmzoo_jax.errors import InputError
+from llmzoo_jax.inference import Model
+from serving import steps
+from serving.rows import Row
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """``context``: tokens a request may have, prompt and answer. ``cache_tokens``: how many the
+    cache holds, of all requests (0: a quarter of ``max_batch * context``, and one request at
+    least). ``prefill_tokens``: of prompts, in one call. ``window``: steps in one call, and while
+    prompts wait to be filled ``short_window``. ``kv_dtype``: "model" or "int8". ``deterministic``:
+    the same shapes whatever runs, so that a request's logits are the same to the last bit."""
+
+    max_batch: int = 64
+    context: int = 2048
+    cache_tokens: int = 0
+    page_size: int = 32
+    prefill_tokens: int = 256
+    window: int = 8
+    short_window: int = 2
+    max_waiting: int = 256
+    kv_dtype: str = "model"
+    prefix_cache: bool = True
+    deterministic: bool = False
+
+    def __post_init__(self):
+        for name in (
+            "max_batch",
+            "context",
+            "page_size",
+            "prefill_tokens",
+            "window",
+            "max_waiting",
+        ):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}={getattr(self, name)}: must be 1 or more")
+        if not 1 <= self.short_window <= self.window:
+            raise InputError(f"short_window={self.short_window}: must be 1 to window")
+        if self.prefill_tokens % self.page_size:
+            raise InputError(
+                f"prefill_tokens={self.prefill_tokens} must be a multiple of page_size="
+                f"{self.page_size}"
+            )
+        if self.kv_dtype not in ("model", "int8"):
+            raise InputError(f"kv_dtype={self.kv_dtype!r}: must be model or int8")
+
+    @property
+    def pages_a_row(self) -> int:
+        return -(-self.context // self.page_size)
+
+    @property
+    def num_pages(self) -> int:
+        tokens = self.cache_tokens or self.max_batch * self.context // 4
+        return max(self.pages_a_row, -(-tokens // self.page_size))
+
+
+class Runner:
+    """``fill`` and ``decode`` change ``state``; after an error, ``reset`` makes it anew."""
+
+    def __init__(self, model: Model, options: EngineOptions):
+        self.options = o = options
+        self.config = model.config
+        self._leaves, treedef = jax.tree.flatten(model.params)
+        self._static = {"treedef": treedef, "dtype": model.dtype}
+        self._sizes = _sizes(o.max_batch, only_largest=o.deterministic)
+        self._blocks = _sizes(o.prefill_tokens // o.page_size, only_largest=o.deterministic)
+        self._no_extras = {B: steps.no_extras(B, model.config.vocab_size) for B in self._sizes}
+        self._kv_dtype = jnp.int8 if o.kv_dtype == "int8" else jnp.dtype(model.dtype)
+        self.reset()
+
+    @property
+    def most_pages(self) -> int:
+        """That one call of ``fill`` takes."""
+        return self._blocks[-1]
+
+    def reset(self) -> None:
+        o = self.options
+        self.state = steps.init_state(
+            self.config, num_pages=o.num_pages, page_size=o.page_size, slots=o.max_batch,
+            kv_dtype=self._kv_dtype,
+        )  # fmt: skip
+
+    def fill(self, todo: Sequence[tuple[Row, int]], scored: bool) -> None:
+        size, o = self.options.page_size, self.options
+        R = next(n for n in self._blocks if n >= len(todo))
+        blocks = np.zeros((R, 1 + 2 * size + o.pages_a_row + 1), np.int32)
+        tables = []
+        for block, (row, n) in zip(blocks, todo, strict=False):
+            start = n * size
+            part = row.tokens[start : min(start + size, len(row.tokens) - 1)]
+            after = row.tokens[start + 1 : start + 1 + size]
+            block[0] = start
+            block[1 : 1 + len(part)] = part
+            block[1 + size : 1 + size + len(after)] = after
+            numbers = [page.number for page in row.pages[: n + 1]]
+            block[1 + 2 * size : 1 + 2 * size + len(numbers)] = numbers
+            tables.append(numbers)
+        work = self._pair_up(tables, R)
+        self.state, scores = steps.prefill(
+            self._leaves, self.state, blocks, work, scored=bool(scored), **self._static
+        )
+        if scores is not None:
+            scores = steps.Scores(*map(np.asarray, scores))
+            for i, (row, n) in enumerate(todo):
+                row.take_scores(scores, i, n * size)
+
+    def decode(self, rows: Sequence[Row], limit: int) -> steps.Window:
+        """Up to ``limit`` steps of ``rows``, whose pages have room for them; arrays of NumPy."""
+        o = self.options
+        B = next(n for n in self._sizes if n >= len(rows))
+        packed = steps.pack_rows(B, o.pages_a_row + 1)
+        for line, row in zip(packed, rows, strict=False):
+            row.pack(line)
+        work = self._pair_up([[page.number for page in row.pages] for row in rows], B)
+        self.state, window = steps.decode(
+            self._leaves, self.state, packed, work, self._extras(rows, B), np.int32(limit),
+            window=o.window, **self._static,
+        )  # fmt: skip
+        if any(row.request.sampling.logprobs is not None for row in rows):
+            return steps.Window(*map(np.asarray, window))
+        return window._replace(tokens=np.asarray(window.tokens))
+
+    def set_counts(self, row: Row) -> None:
+        V, n = self.config.vocab_size, len(row.request.prompt)
+        in_prompt = np.zeros(V, bool)
+        in_prompt[row.tokens[:n]] = True
+        counts = np.bincount(np.asarray(row.tokens[n:], np.int64), minlength=V).astype(np.int16)
+        self.state = steps.set_counts(self.state, np.int32(row.slot), in_prompt, counts)
+
+    def warm_up(self) -> None:
+        """Compiles every program, two at a time, then runs each once on rows that are not there."""
+        o = self.options
+        V, S = self.config.vocab_size, o.page_size
+        calls = []
+        for B in self._sizes:
+            calls.append((
+                steps.decode,
+                (steps.pack_rows(B, o.pages_a_row + 1), self._pair_up([], B), self._no_extras[B],
+                 np.int32(1)),
+                {"window": o.window, **self._static},
+            ))  # fmt: skip
+        for R in self._blocks:
+            blocks = np.zeros((R, 1 + 2 * S + o.pages_a_row + 1), np.int32)
+            for scored in (False, True):
+                calls.append((
+                    steps.prefill, (blocks, self._pair_up([], R)),
+                    {"scored": scored, **self._static},
+                ))  # fmt: skip
+        with ThreadPoolExecutor(
+            2
+        ) as pool:  # into the cache of compiled programs, where there is one
+            lowered = [f.lower(self._leaves, self.state, *args, **kw) for f, args, kw in calls]
+            list(pool.map(lambda x: x.compile(), lowered))
+        for function, args, static in calls:
+            self.state, out = function(self._leaves, self.state, *args, **static)
+            jax.block_until_ready(out)
+        self.state = steps.set_counts(
+            self.state, np.int32(0), np.zeros(V, bool), np.zeros(V, np.int16)
+        )
+
+    def _pair_up(self, tables: Sequence[Sequence[int]], rows: int) -> steps.Work:
+        width = 8 if rows <= 4 else 16
+        deterministic = self.options.deterministic
+        lines = -(-rows * (self.options.pages_a_row + (width if deterministic else 0)) // width)
+        # A row that is not there has no pairs; ``rows`` marks a pair of nobody.
+        tables = [*tables, *([[]] * (rows - len(tables)))]
+        return steps.pair_up(tables, lines=lines, width=width, apart=deterministic)
+
+    def _extras(self, rows: Sequence[Row], B: int) -> steps.Extras:
+        extras = self._no_extras[B]
+        if any(row.request.sampling.logit_bias for row in rows):
+            ids = np.full(extras.bias_ids.shape, -1, np.int32)
+            bias = np.zeros(extras.bias.shape, np.float32)
+            for i, row in enumerate(rows):
+                for j, (token, value) in enumerate(row.request.sampling.logit_bias.items()):
+                    ids[i, j], bias[i, j] = token, value
+            extras = extras._replace(bias_ids=ids, bias=bias)
+        if any(row.request.grammar is not None for row in rows):
+            allowed = np.full(extras.allowed.shape, -1, np.int32)
+            for i, row in enumerate(rows):
+                if row.request.grammar is not None:
+                    allowed[i] = row.request.grammar.mask()
+            extras = extras._replace(allowed=allowed)
+        return extras
+
+
+def _sizes(largest: int, *, only_largest: bool) -> list[int]:
+    """1, 2, 4, .. and ``largest``."""
+    if only_largest:
+        return [largest]
+    return sorted({largest, *(1 << i for i in range(largest.bit_length()) if 1 << i < largest)})

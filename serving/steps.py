@@ -1,0 +1,256 @@
+"""The two programs that an engine runs on the device: prefill pages, and decode a window of steps.
+
+Both get all they need of their rows with each call, as one small array, and change nothing but the
+cache and the counts for penalties, in place. Their shapes depend on the number of rows alone, of
+which there are a few sizes, so all are compiled before the first request.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llmzoo_jax import models
+from llmzoo_jax.models import KVCache
+from llmzoo_jax.models.paged_attention import PageView, init_pages
+from llmzoo_jax.sampling import Params, Penalties, choose, penalise
+from serving.requests import MAX_BIAS, MAX_LOGPROBS, MAX_STOP_IDS
+
+OWN_STOP_IDS = 8  # of a model, besides those of a request
+INTS = ("last", "position", "slot", "active", "left", "min_left", "seed", "top_k", "logprobs")
+FLOATS = (
+    "temperature", "top_p", "min_p", "repetition", "presence", "frequency",
+)  # fmt: skip
+STOPS = slice(len(INTS) + len(FLOATS), len(INTS) + len(FLOATS) + MAX_STOP_IDS + OWN_STOP_IDS)
+
+
+class State(NamedTuple):
+    """What stays on the device. ``counts`` int16 and ``in_prompt`` bool ``[slots,V]``: tokens of
+    the answer and of the prompt, of rows with penalties."""
+
+    cache: KVCache
+    counts: jax.Array
+    in_prompt: jax.Array
+
+
+class Work(NamedTuple):
+    """Pairs of rows and pages, as ``PageView`` has them."""
+
+    rows: np.ndarray
+    pages: np.ndarray
+    indices: np.ndarray
+    turns: np.int32
+
+
+class Extras(NamedTuple):
+    """What few rows need: tokens with a bias, ``[B,MAX_BIAS]`` (id -1: none), and the tokens that a
+    grammar allows, as bits, int32 ``[B,ceil(V/32)]``."""
+
+    bias_ids: Any
+    bias: Any
+    allowed: Any
+
+
+class Window(NamedTuple):
+    """What W steps gave: ``tokens`` int32 ``[W,B]``, -1 where a row had ended; log-probabilities of
+    the chosen, ``[W,B]``, and of the likeliest, ``[W,B,MAX_LOGPROBS]``, where a row asked."""
+
+    tokens: jax.Array
+    logprobs: jax.Array
+    top_ids: jax.Array
+    top_logprobs: jax.Array
+
+
+def init_state(config: Any, *, num_pages: int, page_size: int, slots: int, kv_dtype: Any) -> State:
+    """``num_pages`` without page 0."""
+    kv_heads = models.kv_heads(config)
+    layers = [
+        [init_pages(num_pages + 1, kv_heads, page_size, config.head_dim, kv_dtype)
+         for _ in range(config.num_layers)] for _ in "kv"
+    ]  # fmt: skip
+    cache = KVCache(*map(tuple, layers))
+    shape = (slots, config.vocab_size)
+    return State(cache, jnp.zeros(shape, jnp.int16), jnp.zeros(shape, bool))
+
+
+def no_extras(rows: int, vocab_size: int) -> Extras:
+    return Extras(
+        jnp.full((rows, MAX_BIAS), -1, jnp.int32),
+        jnp.zeros((rows, MAX_BIAS), jnp.float32),
+        jnp.full((rows, -(-vocab_size // 32)), -1, jnp.int32),
+    )
+
+
+def pack_rows(rows: int, tables: int) -> np.ndarray:
+    """An empty int32 ``[rows, fields]``: ``INTS``, ``FLOATS``, stop ids, the table of pages."""
+    packed = np.zeros((rows, STOPS.stop + tables), np.int32)
+    packed[:, STOPS] = -1
+    ones = np.float32(1.0).view(np.int32)
+    for name in ("top_p", "repetition"):
+        packed[:, len(INTS) + FLOATS.index(name)] = ones
+    return packed
+
+
+def _unpack(rows: jax.Array) -> dict[str, jax.Array]:
+    fields = {name: rows[:, i] for i, name in enumerate(INTS)}
+    floats = jax.lax.bitcast_convert_type(rows[:, len(INTS) : STOPS.start], jnp.float32)
+    return fields | {name: floats[:, i] for i, name in enumerate(FLOATS)}
+
+
+def pair_up(tables: Sequence[Sequence[int]], *, lines: int, width: int, apart: bool) -> Work:
+    """The work of rows with these pages. ``apart``: no two rows share a line, so that how a row's
+    sums are made does not depend on other rows."""
+    empty = len(tables)
+    parts: list[tuple[int, int, int]] = []
+    for row, pages in enumerate(tables):
+        parts += [(row, page, index) for index, page in enumerate(pages)]
+        if apart:
+            parts += [(empty, 0, 0)] * (-len(parts) % width)
+    work = np.zeros((3, lines * width), np.int32)
+    work[0] = empty
+    if parts:
+        work[:, : len(parts)] = np.asarray(parts, np.int32).T
+    rows, pages, indices = work.reshape(3, lines, width)
+    return Work(rows, pages, indices, np.int32(-(-len(parts) // width)))
+
+
+@functools.partial(
+    jax.jit, static_argnames=("treedef", "window", "dtype"), donate_argnames=("state",)
+)
+def decode(
+    leaves, state: State, rows, work: Work, extras: Extras, limit, *, treedef, window: int, dtype
+) -> tuple[State, Window]:
+    """Up to ``limit`` steps (at most ``window``) of ``rows[B,fields]``, until all have ended."""
+    model = jax.tree.unflatten(treedef, leaves)
+    row = _unpack(rows)
+    slot = row["slot"]
+    stops, tables = rows[:, STOPS], rows[:, STOPS.stop :]
+    B, V = len(rows), model.config.vocab_size
+    params = Params(
+        row["temperature"], row["top_k"], row["top_p"], row["min_p"],
+        jax.lax.bitcast_convert_type(row["seed"], jnp.uint32),
+    )  # fmt: skip
+    penalties = Penalties(row["repetition"], row["presence"], row["frequency"])
+    penalised = (penalties.repetition != 1) | (penalties.presence != 0) | (penalties.frequency != 0)
+    everyone = jnp.arange(B)[:, None]
+
+    def constrain(logits, state, generated):
+        """Penalties, bias, what a grammar allows, no stop before ``min_tokens``."""
+        logits = jax.lax.cond(
+            penalised.any(),
+            lambda x: penalise(x, state.in_prompt[slot], state.counts[slot], penalties),
+            lambda x: x, logits,
+        )  # fmt: skip
+        ids = jnp.where(extras.bias_ids < 0, V, extras.bias_ids)  # V: out of range, dropped
+        logits = jax.lax.cond(
+            (extras.bias_ids >= 0).any(),
+            lambda x: x.at[everyone, ids].add(extras.bias, mode="drop"), lambda x: x, logits,
+        )  # fmt: skip
+        logits = jax.lax.cond(
+            (extras.allowed != -1).any(),
+            lambda x: jnp.where(_bits(extras.allowed, V), x, -jnp.inf), lambda x: x, logits,
+        )  # fmt: skip
+        early = generated < row["min_left"]
+        ids = jnp.where(early[:, None] & (stops >= 0), stops, V)
+        return jax.lax.cond(
+            early.any(), lambda x: x.at[everyone, ids].set(-jnp.inf, mode="drop"), lambda x: x,
+            logits,
+        )  # fmt: skip
+
+    def step(carry):
+        i, last, position, active, state, out = carry
+        view = PageView(position[:, None], tables, *work)
+        x, cache = model.hidden(
+            last[:, None], view, position[:, None], kv_cache=state.cache, dtype=jnp.dtype(dtype)
+        )
+        raw = model.logits(x[:, 0])  # [B,V]
+        token = choose(constrain(raw, state, i), position + 1, params)
+        logprobs = jax.lax.cond(
+            (row["logprobs"] > 0).any(), lambda: _logprobs(raw, token),
+            lambda: (jnp.zeros(B), jnp.zeros((B, MAX_LOGPROBS), jnp.int32),
+                     jnp.zeros((B, MAX_LOGPROBS))),
+        )  # fmt: skip
+        new = (jnp.where(active, token, -1), *logprobs)
+        out = Window(*(old.at[i].set(x) for old, x in zip(out, new, strict=True)))
+        counts = state.counts.at[slot, token].add((active & penalised).astype(jnp.int16))
+        stopped = (token[:, None] == stops).any(-1) | (i + 1 >= row["left"])
+        # A row that has ended stays where it is, and what it writes there is overwritten.
+        return (
+            i + 1,
+            jnp.where(active, token, last),
+            jnp.where(active, position + 1, position),
+            active & ~stopped,
+            State(cache, counts, state.in_prompt),
+            out,
+        )
+
+    out = Window(
+        jnp.full((window, B), -1, jnp.int32),
+        jnp.zeros((window, B)),
+        jnp.zeros((window, B, MAX_LOGPROBS), jnp.int32),
+        jnp.zeros((window, B, MAX_LOGPROBS)),
+    )
+    start = (jnp.int32(0), row["last"], row["position"], row["active"] > 0, state, out)
+    *_, state, out = jax.lax.while_loop(lambda c: (c[0] < limit) & c[3].any(), step, start)
+    return state, out
+
+
+class Scores(NamedTuple):
+    """Of each place of R pages: the log-probability of the token after it, and the likeliest."""
+
+    logprobs: jax.Array  # [R,S]
+    top_ids: jax.Array  # [R,S,MAX_LOGPROBS]
+    top_logprobs: jax.Array
+
+
+@functools.partial(
+    jax.jit, static_argnames=("treedef", "scored", "dtype"), donate_argnames=("state",)
+)
+def prefill(
+    leaves, state: State, blocks, work: Work, *, treedef, scored: bool, dtype
+) -> tuple[State, Scores | None]:
+    """Fills whole pages. ``blocks`` int32 ``[R, 1 + 2 * S + M]``: the position at which each page
+    starts, its tokens, the tokens after those (for ``scored``), its row's pages."""
+    model = jax.tree.unflatten(treedef, leaves)
+    S = state.cache.k[0].values.shape[2]
+    R = len(blocks)
+    positions = blocks[:, :1] + jnp.arange(S)  # [R,S]
+    tokens, targets = blocks[:, 1 : 1 + S], blocks[:, 1 + S : 1 + 2 * S]
+    view = PageView(positions, blocks[:, 1 + 2 * S :], *work)
+    x, cache = model.hidden(tokens, view, positions, kv_cache=state.cache, dtype=jnp.dtype(dtype))
+    state = State(cache, state.counts, state.in_prompt)
+    if not scored:
+        return state, None
+    logits = model.logits(x.reshape(R * S, -1))
+    scores = _logprobs(logits, targets.reshape(-1))
+    return state, Scores(*(y.reshape(R, S, *y.shape[1:]) for y in scores))
+
+
+@functools.partial(jax.jit, donate_argnames=("state",))
+def set_counts(state: State, slot, in_prompt, counts) -> State:
+    """The tokens of a new row with penalties: bool and int16 ``[V]``."""
+    return State(
+        state.cache,
+        state.counts.at[slot].set(counts),
+        state.in_prompt.at[slot].set(in_prompt),
+    )
+
+
+def _logprobs(logits: jax.Array, tokens: jax.Array):
+    """float32 ``[B]`` of ``tokens``, and ids and values of the likeliest, ``[B,MAX_LOGPROBS]``."""
+    logprobs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+    own = jnp.take_along_axis(logprobs, tokens[:, None], axis=1)[:, 0]
+    top, ids = jax.lax.top_k(logprobs, min(MAX_LOGPROBS, logprobs.shape[-1]))
+    pad = ((0, 0), (0, MAX_LOGPROBS - top.shape[-1]))
+    return own, jnp.pad(ids.astype(jnp.int32), pad), jnp.pad(top, pad, constant_values=-jnp.inf)
+
+
+def _bits(words: jax.Array, n: int) -> jax.Array:
+    """int32 ``[B,ceil(n/32)]`` -> bool ``[B,n]``, the lowest bit first."""
+    bits = (words[:, :, None] >> jnp.arange(32)) & 1
+    return (bits == 1).reshape(len(words), -1)[:, :n]
