@@ -21,7 +21,7 @@ from llmzoo_jax import models
 from llmzoo_jax.errors import InputError
 
 CHUNK = 256  # positions whose logits are there at once
-BUCKET = 32  # row lengths and numbers of positions have few sizes, so that little is compiled
+BUCKET = 32  # row lengths have few sizes, so that little is compiled
 
 Tokens = Sequence[int]
 
@@ -56,14 +56,18 @@ def likelihoods(
         by_row.setdefault(row, []).append(i)
     results: list[Likelihood | None] = [None] * len(requests)
     rows = sorted(by_row, key=lambda row: (-len(row), row))
-    for start in range(0, len(rows), batch_size):
-        batch = rows[start : start + batch_size]
+    batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+    most = max(
+        (sum(len(requests[i][1]) for row in batch for i in by_row[row]) for batch in batches),
+        default=0,
+    )
+    for batch in batches:
         asked = [(r, i) for r, row in enumerate(batch) for i in by_row[row]]
         targets = [requests[i][1] for _, i in asked]
         spans = [
             (r, len(batch[r]) - len(target)) for (r, _), target in zip(asked, targets, strict=True)
         ]
-        scored = _batch(model, batch, spans, targets, batch_size)
+        scored = _batch(model, batch, spans, targets, (batch_size, most))
         for (_, i), one in zip(asked, scored, strict=True):
             results[i] = one
         on_done(len(asked))
@@ -75,15 +79,17 @@ def _batch(
     batch: Sequence[Tokens],
     spans: Sequence[tuple[int, int]],
     targets: Sequence[Tokens],
-    batch_size: int,
+    sizes: tuple[int, int],
 ) -> list[Likelihood]:
-    """``spans`` has, for each target, its row and the position before its first token."""
+    """``spans`` has, for each target, its row and the position before its first token. ``sizes``
+    are the rows and the scored tokens of all batches, so that only another length is compiled."""
+    batch_size, most = sizes
     T = bucket(max(map(len, batch)))
     tokens = np.zeros((batch_size, T), np.int32)
     for row, ids in zip(tokens, batch, strict=False):
         row[: len(ids)] = ids
     counts = [len(target) for target in targets]
-    N = -(-bucket(sum(counts)) // CHUNK) * CHUNK
+    N = -(-most // CHUNK) * CHUNK
     rows, positions, wanted = (np.zeros(N, np.int32) for _ in range(3))
     rows[: sum(counts)] = np.repeat([row for row, _ in spans], counts)
     positions[: sum(counts)] = np.concatenate(
