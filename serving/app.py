@@ -62,6 +62,7 @@ class Server:
     app: ASGIApp
     state: State
     metrics: Metrics
+    text: Completions
 
 
 def make_server(model: Model, engine: Engine, options: Options) -> Server:
@@ -220,4 +221,4 @@ def make_server(model: Model, engine: Engine, options: Options) -> Server:
         return http.error_response(ApiError(message, status=error.status_code))
 
     wrapped = http.observed(app, metrics, keys=options.api_keys, paths=(*POST, *GET))
-    return Server(wrapped, state, metrics)
+    return Server(wrapped, state, metrics, text)

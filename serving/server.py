@@ -13,6 +13,7 @@ SIGTERM or Ctrl-C takes no more requests, finishes those that run, and exits wit
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import os
 import signal
@@ -122,6 +123,14 @@ def read_keys(path: str) -> tuple[str, ...]:
     return keys
 
 
+def with_page(server: Server, options: Options, title: str) -> Server:
+    try:
+        from serving import ui  # here: the API needs no Gradio
+    except ImportError as error:
+        raise InputError(f"--ui: {error}; pip install 'llmzoo-jax[serve,ui]'") from error
+    return dataclasses.replace(server, app=ui.beside(server, options, title))
+
+
 def main(_) -> None:
     http.start_log()
     keys = read_keys(API_KEYS_FILE.value)
@@ -141,18 +150,17 @@ def main(_) -> None:
         ),
     )
     name = NAME.value or Path(MODEL.value).resolve().name
-    server = make_server(
-        model,
-        engine,
-        Options(
-            names={name: None},
-            context=context,
-            timeout=TIMEOUT.value,
-            max_body=int(MAX_BODY_MB.value * 1e6),
-            api_keys=keys,
-            log_text=LOG_TEXT.value,
-        ),
+    options = Options(
+        names={name: None},
+        context=context,
+        timeout=TIMEOUT.value,
+        max_body=int(MAX_BODY_MB.value * 1e6),
+        api_keys=keys,
+        log_text=LOG_TEXT.value,
     )
+    server = make_server(model, engine, options)
+    if UI.value:
+        server = with_page(server, options, name)
     where = f"http://{HOST.value}:{PORT.value}/v1"
     log.info("starting", extra={"facts": {"model": name, "url": where, "context": context}})
 
@@ -206,5 +214,6 @@ if __name__ == "__main__":
     EMBEDDINGS = flags.DEFINE_bool(
         "embeddings", True, "Compile /v1/embeddings at the start, not at its first request."
     )
+    UI = flags.DEFINE_bool("ui", False, "A page to chat, at /ui.")
     LOG_TEXT = flags.DEFINE_bool("log_text", False, "Write prompts and answers into the log, too.")
     cli.run(main)
