@@ -95,7 +95,9 @@ class Page:
             )  # fmt: skip
 
     def click(self, selector):
-        found = self.js(f"(e => e ? (e.click(), true) : false)(document.querySelector({selector!r}))")
+        found = self.js(
+            f"(e => e ? (e.click(), true) : false)(document.querySelector({selector!r}))"
+        )
         assert found, selector
 
     def screenshot(self, path):

@@ -60,6 +60,7 @@ class Live:
 @contextlib.contextmanager
 def live(model, engine, **options):
     """``options`` are those of ``serving.app.Options`` that differ from DEFAULTS."""
+    options = {"names": dict(DEFAULTS.names)} | options
     server = make_server(model, engine, dataclasses.replace(DEFAULTS, **options))
     engine.start()
     server.state.ready = True
