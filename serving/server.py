@@ -124,6 +124,7 @@ def read_keys(path: str) -> tuple[str, ...]:
 
 
 def with_page(server: Server, options: Options, title: str) -> Server:
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before Gradio reads it
     try:
         from serving import ui  # here: the API needs no Gradio
     except ImportError as error:

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before Gradio reads it
-
 import gradio as gr
 from fastapi import FastAPI
 from starlette.responses import RedirectResponse, Response
@@ -64,8 +62,8 @@ def beside(server: Server, options: Options, title: str) -> ASGIApp:
     one of them as a password."""
     keys = options.api_keys
     page = make_page(server, options, title)
-    page.queue(api_open=False, default_concurrency_limit=None)  # the engine has a queue
-    page._queue.max_thread_count = 4096  # requests at the same time: nothing waits here
+    page.max_threads = 1024  # answers at the same time: what has to wait, waits for the engine
+    page.queue(api_open=False, default_concurrency_limit=None)
     outer = gr.mount_gradio_app(
         FastAPI(docs_url=None, redoc_url=None, openapi_url=None), page, PATH,
         auth=(lambda user, password: password in keys) if keys else None,

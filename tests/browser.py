@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import fcntl
 import itertools
 import json
 import os
@@ -24,7 +25,7 @@ class Page:
         self._numbers, self._answers = itertools.count(1), {}
         self._changed = threading.Condition()
         self._session = None
-        self.requests, self.errors, self.downloads = [], [], []
+        self.requests, self.errors = [], []
         threading.Thread(target=self._listen, daemon=True).start()
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         attached = self.call("Target.attachToTarget", targetId=target, flatten=True)
@@ -116,15 +117,18 @@ class Page:
 @contextlib.contextmanager
 def page(folder):
     """``folder``: for the browser's files."""
-    read, to_browser = os.pipe()
-    from_browser, write = os.pipe()
+    pipes = *os.pipe(), *os.pipe()
+    # Far from 3 and 4, which the browser uses.
+    read, to_browser, from_browser, write = (fcntl.fcntl(p, fcntl.F_DUPFD, 10) for p in pipes)
+    for pipe in pipes:
+        os.close(pipe)
     options = [
         "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
         "--remote-debugging-pipe", f"--user-data-dir={folder}", "--no-first-run",
         "--disable-background-networking", "--disable-component-update", "--lang=en-US",
     ]  # fmt: skip
     process = subprocess.Popen(
-        ["sh", "-c", f'exec "$0" "$@" 3<&{read} 4>&{write}', CHROMIUM, *options],
+        ["bash", "-c", f'exec "$0" "$@" 3<&{read} 4>&{write}', CHROMIUM, *options],
         pass_fds=(read, write), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     os.close(read)

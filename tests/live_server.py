@@ -58,13 +58,22 @@ class Live:
 
 
 @contextlib.contextmanager
+<<<<<<< HEAD
 def live(model, engine, **options):
     """``options`` are those of ``serving.app.Options`` that differ from DEFAULTS."""
     options = {"names": dict(DEFAULTS.names)} | options
     server = make_server(model, engine, dataclasses.replace(DEFAULTS, **options))
+=======
+def live(model, engine, *, around=lambda server, options: server.app, **options):
+    """``options`` are those of ``serving.app.Options`` that differ from DEFAULTS; ``around`` gives
+    the app that is served."""
+    options = dataclasses.replace(DEFAULTS, **options)
+    server = make_server(model, engine, options)
+>>>>>>> ui
     engine.start()
     server.state.ready = True
-    config = uvicorn.Config(server.app, port=0, lifespan="off", log_config=None, access_log=False)
+    app = around(server, options)
+    config = uvicorn.Config(app, port=0, lifespan="off", log_config=None, access_log=False)
     uv = uvicorn.Server(config)
     thread = threading.Thread(target=uv.run, daemon=True)
     thread.start()
