@@ -6,7 +6,6 @@ It asks the engine as the API does. Stop, or a page that is closed, ends the req
 from __future__ import annotations
 
 import contextlib
-import os
 import random
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence

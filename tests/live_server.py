@@ -58,18 +58,12 @@ class Live:
 
 
 @contextlib.contextmanager
-<<<<<<< HEAD
-def live(model, engine, **options):
-    """``options`` are those of ``serving.app.Options`` that differ from DEFAULTS."""
-    options = {"names": dict(DEFAULTS.names)} | options
-    server = make_server(model, engine, dataclasses.replace(DEFAULTS, **options))
-=======
 def live(model, engine, *, around=lambda server, options: server.app, **options):
     """``options`` are those of ``serving.app.Options`` that differ from DEFAULTS; ``around`` gives
     the app that is served."""
-    options = dataclasses.replace(DEFAULTS, **options)
+    own = {"names": dict(DEFAULTS.names)}  # loading adapters changes them
+    options = dataclasses.replace(DEFAULTS, **own | options)
     server = make_server(model, engine, options)
->>>>>>> ui
     engine.start()
     server.state.ready = True
     app = around(server, options)
