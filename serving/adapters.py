@@ -7,6 +7,7 @@ written into a slot, so nothing is compiled again when one is loaded.
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,6 +48,47 @@ class Place(NamedTuple):
 
     path: str  # in a block of the model that computes
     parts: tuple[tuple[str, int, int], ...]
+
+
+class Loaded:
+    """Which adapter is in which of the slots 1 to ``places``."""
+
+    def __init__(self, places: int):
+        self.places = places
+        self._found: dict[str | None, tuple[int, Hashable]] = {None: (0, ("adapter", 0))}
+        self._loads = 0
+
+    @property
+    def names(self) -> list[str]:
+        return sorted(name for name in self._found if name is not None)
+
+    def check(self, name: str | None) -> None:
+        if name not in self._found:
+            raise InputError(f"there is no adapter {name!r}")
+
+    def find(self, name: str | None) -> tuple[int, Hashable]:
+        """Its slot, and what tells its keys and values from those of other adapters."""
+        self.check(name)
+        return self._found[name]
+
+    def free_slot(self, name: str, busy: set[int]) -> int:
+        """For a new adapter; ``busy`` are slots of requests that still run."""
+        if name in self._found:
+            raise InputError(f"there is an adapter {name!r} already; unload it first")
+        free = set(range(1, self.places + 1)) - busy - {slot for slot, _ in self._found.values()}
+        if not free:
+            raise InputError(
+                f"all {self.places} places for adapters are taken (--max_adapters); unload one"
+            )
+        return min(free)
+
+    def add(self, name: str, slot: int) -> None:
+        self._loads += 1
+        self._found[name] = slot, ("adapter", self._loads)
+
+    def remove(self, name: str) -> None:
+        self.check(name)
+        del self._found[name]
 
 
 def attach(model: nnx.Module, *, adapters: int, rank: int, dtype: str) -> nnx.Module:

@@ -46,6 +46,23 @@ class Row:
         s = self.request.sampling
         return (s.repetition_penalty, s.presence_penalty, s.frequency_penalty) != (1.0, 0.0, 0.0)
 
+    @property
+    def free(self) -> bool:
+        """Whether nothing but the model decides its next tokens, so that they can be guessed."""
+        s = self.request.sampling
+        ruled = self.penalised or s.logit_bias or self.request.grammar is not None
+        return not ruled and self.generated >= s.min_tokens
+
+    def guess(self, count: int) -> list[int]:
+        """``count`` tokens at most that may come next: those after the newest earlier place with
+        the same last tokens (prompt look-up decoding; Saxena, 2023)."""
+        for n in (3, 2):
+            end = self.tokens[-n:]
+            for at in range(len(self.tokens) - n - 1, -1, -1):
+                if self.tokens[at : at + n] == end:
+                    return self.tokens[at + n : at + n + count]
+        return []
+
     def pack(self, into: np.ndarray) -> None:
         """Its line of ``steps.pack_rows``."""
         s = self.request.sampling

@@ -24,7 +24,9 @@ class EngineOptions:
     least). ``prefill_tokens``: of prompts, in one call. ``window``: steps in one call, and while
     prompts wait to be filled ``short_window``. ``kv_dtype``: "model" or "int8". ``deterministic``:
     the same shapes whatever runs, so that a request's logits are the same to the last bit.
-    ``max_adapters`` LoRA adapters of up to ``max_lora_rank`` can be loaded at a time."""
+    ``speculate``: tokens that are guessed from what was said before, and verified in one step,
+    while at most ``speculate_rows`` requests run. ``max_adapters`` LoRA adapters of up to
+    ``max_lora_rank`` can be loaded at a time."""
 
     max_batch: int = 64
     context: int = 2048
@@ -37,6 +39,8 @@ class EngineOptions:
     kv_dtype: str = "model"
     prefix_cache: bool = True
     deterministic: bool = False
+    speculate: int = 0
+    speculate_rows: int = 4
     max_adapters: int = 0
     max_lora_rank: int = 64
 
@@ -58,6 +62,10 @@ class EngineOptions:
                 f"prefill_tokens={self.prefill_tokens} must be a multiple of page_size="
                 f"{self.page_size}"
             )
+        if not 0 <= self.speculate < self.page_size:
+            raise InputError(f"speculate={self.speculate}: must be below page_size")
+        if self.speculate and self.deterministic:
+            raise InputError("speculate: shapes change, so there is no deterministic mode with it")
         if self.kv_dtype not in ("model", "int8"):
             raise InputError(f"kv_dtype={self.kv_dtype!r}: must be model or int8")
 
@@ -130,10 +138,7 @@ class Runner:
         """Up to ``limit`` steps of ``rows``, whose pages have room for them; arrays of NumPy."""
         o = self.options
         B = next(n for n in self._sizes if n >= len(rows))
-        packed = steps.pack_rows(B, o.pages_a_row + 1)
-        for line, row in zip(packed, rows, strict=False):
-            row.pack(line)
-        work = self._pair_up([[page.number for page in row.pages] for row in rows], B)
+        packed, work = self._pack(rows, B)
         self.state, window = steps.decode(
             self._leaves, self.state, packed, work, self._extras(rows, B), np.int32(limit),
             window=o.window, **self._static,
@@ -141,6 +146,25 @@ class Runner:
         if any(row.request.sampling.logprobs is not None for row in rows):
             return steps.Window(*map(np.asarray, window))
         return window._replace(tokens=np.asarray(window.tokens))
+
+    def verify(self, rows: Sequence[Row], guesses: Sequence[Sequence[int]]) -> steps.Window:
+        """One step of ``rows`` over what was guessed of each."""
+        o = self.options
+        B = next(n for n in self._sizes if n >= len(rows))
+        packed, work = self._pack(rows, B)
+        drafts = np.full((B, o.speculate), -1, np.int32)
+        for line, guess in zip(drafts, guesses, strict=False):
+            line[: len(guess)] = guess
+        self.state, window = steps.verify(
+            self._leaves, self.state, packed, work, self._extras(rows, B), drafts, **self._static
+        )
+        return steps.Window(*map(np.asarray, window))
+
+    def _pack(self, rows: Sequence[Row], B: int) -> tuple[np.ndarray, steps.Work]:
+        packed = steps.pack_rows(B, self.options.pages_a_row + 1)
+        for line, row in zip(packed, rows, strict=False):
+            row.pack(line)
+        return packed, self._pair_up([[page.number for page in row.pages] for row in rows], B)
 
     def set_counts(self, row: Row) -> None:
         V, n = self.config.vocab_size, len(row.request.prompt)
@@ -166,6 +190,9 @@ class Runner:
                  np.int32(1)),
                 {"window": o.window, **self._static},
             ))  # fmt: skip
+            if o.speculate and o.speculate_rows >= B:
+                drafts = np.full((B, o.speculate), -1, np.int32)
+                calls.append((steps.verify, (*calls[-1][1][:3], drafts), self._static))
         for R in self._blocks:
             blocks = np.zeros((R, 2 + 2 * S + o.pages_a_row + 1), np.int32)
             for scored in (False, True):

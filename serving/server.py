@@ -159,6 +159,7 @@ def main(_) -> None:
             deterministic=DETERMINISTIC.value,
             max_adapters=max(len(at_start), more),
             max_lora_rank=MAX_LORA_RANK.value,
+            speculate=SPECULATE.value,
         ),
     )
     name = NAME.value or Path(MODEL.value).resolve().name
@@ -202,6 +203,10 @@ if __name__ == "__main__":
     WEIGHTS = flags.DEFINE_enum(
         "weights", "dtype", ["dtype", "int8", "nf4"], "Of the projections; int8 and nf4 (4 bits) "
         "take less memory and, on a CPU, more time.",
+    )  # fmt: skip
+    SPECULATE = flags.DEFINE_integer(
+        "speculate", 0, "Guess so many tokens from what was said before, while few requests run: "
+        "the same tokens, faster where answers repeat the prompt.", 0,
     )  # fmt: skip
     ADAPTERS = flags.DEFINE_list(
         "adapters", [], "LoRA adapters in PEFT's format, NAME=FOLDER; clients ask for model NAME."
