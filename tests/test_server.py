@@ -24,7 +24,7 @@ TALK = [
     {"role": "user", "content": "你是谁？"},
 ]
 SMALL = EngineOptions(
-    context=256, max_batch=4, page_size=16, prefill_tokens=32, window=4, cache_tokens=1024,
+    context=256, max_batch=4, page_size=16, prefill_tokens=32, window=4, cache_tokens=640,
     max_waiting=64, deterministic=True,
 )  # fmt: skip
 
