@@ -7,7 +7,9 @@ import json
 
 import pytest
 
-gr = pytest.importorskip("gradio", reason="the page is an extra: pip install 'llmzoo-jax[ui]'")
+pytest.importorskip("gradio", reason="the page is an extra: pip install 'llmzoo-jax[ui]'")
+
+import gradio as gr
 
 import llmzoo_jax
 from serving import ui
