@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import time
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from serving import http, protocol, responses
 from serving.completions import Completions, Engine, messages_of
 from serving.prometheus import Metrics
 from serving.protocol import ApiError
+from serving.requests import QueueFull
 
 POST = {  # what each route takes
     "/v1/chat/completions": protocol.ChatRequest,
@@ -32,6 +35,7 @@ POST = {  # what each route takes
     "/v1/load_lora_adapter": protocol.LoadAdapterRequest,
     "/v1/unload_lora_adapter": protocol.UnloadAdapterRequest,
 }
+MAX_EMBEDDING = 64  # requests that may wait for it
 GET = ("/v1/models", "/tokenizer_info", "/health", "/ready", "/metrics")
 
 
@@ -76,6 +80,11 @@ def make_server(model: Model, engine: Engine, options: Options) -> Server:
     text = Completions(model, engine, metrics, context=options.context, timeout=options.timeout)
     app = FastAPI(title="llmzoo_jax", docs_url=None, redoc_url=None)  # their pages need a CDN
     started = int(time.time())
+    embedder = ThreadPoolExecutor(1, thread_name_prefix="embed")
+    embedding: set[Request] = set()
+
+    async def in_embedder(function: Callable[..., Any], *arguments: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(embedder, function, *arguments)
 
     def post(path: str):
         """Registers a handler of (body, request)."""
@@ -130,6 +139,8 @@ def make_server(model: Model, engine: Engine, options: Options) -> Server:
 
     @post("/v1/embeddings")
     async def embed(body: protocol.EmbeddingRequest, request: Request) -> Response:
+        if options.names[body.model] is not None:
+            raise ApiError("embeddings are the base model's, not an adapter's", param="model")
         rows = await text.run(text.tokenize, body.input, "input")
         for row in rows:
             if len(row) > options.context:
@@ -138,7 +149,13 @@ def make_server(model: Model, engine: Engine, options: Options) -> Server:
                     param="input",
                     code="context_length_exceeded",
                 )
-        vectors = await http.while_connected(request.receive, text.run(model.embed, rows))
+        if len(embedding) >= MAX_EMBEDDING:
+            raise QueueFull(len(embedding), 1)
+        embedding.add(request)
+        try:  # in a thread of its own: texts for the engine don't wait for it
+            vectors = await http.while_connected(request.receive, in_embedder(model.embed, rows))
+        finally:
+            embedding.discard(request)
         data = [
             {
                 "object": "embedding",

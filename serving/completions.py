@@ -284,7 +284,9 @@ class Completions:
                 ids, echo = prompts[number // group]
                 choice = Choice(uuid.uuid4().hex, make_stream(ids), ids, echo)
                 choices.append(choice)
-                seed = (how.seed + number % group) % 2**32
+                # The same for each prompt where it is given, as if they had come one by one.
+                nth = number if request.seed is None else number % group
+                seed = (how.seed + nth) % 2**32
                 self.engine.submit(
                     Request(
                         id=choice.id,
