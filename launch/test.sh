@@ -16,7 +16,7 @@ lint() {
   ruff format --check .
 }
 
-stage "Install into $VENV" install "[data,serve,dev]"
+stage "Install into $VENV" install "[data,serve,ui,dev]"
 stage "Lint" lint
 stage "Test" python -m pytest -n auto --dist loadfile "${ARGS[@]}"
 report_times

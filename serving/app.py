@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import base64
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
@@ -28,20 +29,24 @@ POST = {  # what each route takes
     "/v1/embeddings": protocol.EmbeddingRequest,
     "/tokenize": protocol.TokenizeRequest,
     "/detokenize": protocol.DetokenizeRequest,
+    "/v1/load_lora_adapter": protocol.LoadAdapterRequest,
+    "/v1/unload_lora_adapter": protocol.UnloadAdapterRequest,
 }
-GET = ("/v1/models", "/health", "/ready", "/metrics")
+GET = ("/v1/models", "/tokenizer_info", "/health", "/ready", "/metrics")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """``names``: the names that clients may ask for, and the adapter that each means, or None."""
+    """``names``: the names that clients may ask for, and the adapter that each means, or None. With
+    ``adapters_dir``, clients may load the adapters in it, which adds names."""
 
-    names: Mapping[str, str | None]
+    names: dict[str, str | None]
     context: int  # tokens of a prompt and its answer
     timeout: float  # seconds of a request, at most
     max_body: int  # bytes
     api_keys: tuple[str, ...] = ()
     log_text: bool = False
+    adapters_dir: str = ""
 
 
 @dataclass(eq=False)
@@ -62,6 +67,7 @@ class Server:
     app: ASGIApp
     state: State
     metrics: Metrics
+    text: Completions
 
 
 def make_server(model: Model, engine: Engine, options: Options) -> Server:
@@ -166,7 +172,26 @@ def make_server(model: Model, engine: Engine, options: Options) -> Server:
     @post("/detokenize")
     async def detokenize(body: protocol.DetokenizeRequest, request: Request) -> Response:
         text.check_ids(body.tokens, "tokens")
-        return JSONResponse({"prompt": await text.run(text.decode, body.tokens)})
+        return JSONResponse({"prompt": await text.run(text.decode, body.tokens, True)})
+
+    @post("/v1/load_lora_adapter")
+    async def load_adapter(body: protocol.LoadAdapterRequest, request: Request) -> Response:
+        name = body.lora_name
+        if name in options.names:
+            raise ApiError(f"there is a model {name!r} already", param="lora_name")
+        folder = adapter_folder(options.adapters_dir, body.lora_path)
+        await text.run(engine.load_adapter, name, str(folder))
+        options.names[name] = name
+        return JSONResponse({"status": "loaded", "model": name})
+
+    @post("/v1/unload_lora_adapter")
+    async def unload_adapter(body: protocol.UnloadAdapterRequest, request: Request) -> Response:
+        name = body.lora_name
+        if not options.adapters_dir or options.names.get(name) is None:
+            raise ApiError(f"there is no adapter {name!r} to unload", status=404, param="lora_name")
+        engine.unload_adapter(name)
+        del options.names[name]
+        return JSONResponse({"status": "unloaded", "model": name})
 
     def entry(name: str) -> dict[str, Any]:
         parent = next(iter(options.names)) if options.names[name] else None
@@ -182,6 +207,13 @@ def make_server(model: Model, engine: Engine, options: Options) -> Server:
                 f"there is no model {name!r} here, but {names}",
                 status=404, param="model", code="model_not_found",
             )  # fmt: skip
+
+    @app.get("/tokenizer_info")
+    async def tokenizer_info() -> Response:
+        """vLLM's, which lm-evaluation-harness asks for."""
+        names = ("bos_token", "eos_token", "unk_token", "pad_token", "chat_template")
+        found = {name: getattr(model.tokenizer, name, None) for name in names}
+        return JSONResponse(found | {"model_max_length": options.context})
 
     @app.get("/v1/models")
     async def models() -> Response:
@@ -213,4 +245,15 @@ def make_server(model: Model, engine: Engine, options: Options) -> Server:
         return http.error_response(ApiError(message, status=error.status_code))
 
     wrapped = http.observed(app, metrics, keys=options.api_keys, paths=(*POST, *GET))
-    return Server(wrapped, state, metrics)
+    return Server(wrapped, state, metrics, text)
+
+
+def adapter_folder(root: str, path: str) -> Path:
+    """``path`` below ``root``; ApiError for any other place."""
+    if not root:
+        raise ApiError("this server loads no adapters; start it with --adapters_dir", status=403)
+    base = Path(root).resolve()
+    folder = (base / path).resolve()
+    if not folder.is_relative_to(base):
+        raise ApiError(f"lora_path={path!r} is not in the server's folder", param="lora_path")
+    return folder

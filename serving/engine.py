@@ -18,7 +18,7 @@ import jax
 
 from llmzoo_jax.errors import InputError
 from llmzoo_jax.inference import Model
-from serving import steps
+from serving import adapters, steps
 from serving.pages import Page, PagePool
 from serving.requests import Closed, OnOutput, Output, QueueFull, Request, Stats
 from serving.rows import Row
@@ -52,6 +52,8 @@ class Engine:
         self._finished = collections.Counter()
         self._step_seconds = 0.0
         self._compiled = 0
+        self._adapters: dict[str, tuple[int, tuple]] = {}  # name -> slot, salt
+        self._adapter_loads = 0
 
     # --- from any thread ---
 
@@ -77,6 +79,8 @@ class Engine:
                 raise InputError(f"a request with the id {request.id} is there already")
             if len(self._waiting) >= self.options.max_waiting:
                 raise QueueFull(len(self._waiting), self._retry_after())
+            if request.adapter is not None:
+                row.adapter, row.salt = self._adapters[request.adapter]
             self._rows[request.id] = row
             self._waiting.append(row)
             self._wake.notify()
@@ -87,6 +91,35 @@ class Engine:
             if id in self._rows:
                 self._aborted[id] = reason
                 self._wake.notify()
+
+    def load_adapter(self, name: str, folder: str) -> None:
+        """A PEFT folder, for requests whose ``adapter`` is ``name``. Raises InputError."""
+        weights = adapters.read(folder, self.model.config, rank=self.options.max_lora_rank)
+        with self._wake:
+            if name in self._adapters:
+                raise InputError(f"there is an adapter {name!r} already; unload it first")
+            used = {slot for slot, _ in self._adapters.values()}
+            used |= {row.adapter for row in self._rows.values()}  # of those that still run, too
+            free = set(range(1, self.options.max_adapters + 1)) - used
+            if not free:
+                raise InputError(
+                    f"all {self.options.max_adapters} places for adapters are taken "
+                    "(--max_adapters); unload one"
+                )
+            slot = min(free)
+            self._runner.put_adapter(slot, weights)
+            self._adapter_loads += 1
+            self._adapters[name] = slot, ("adapter", self._adapter_loads)
+
+    def unload_adapter(self, name: str) -> None:
+        """New requests for it are refused; those that run end as they began."""
+        with self._wake:
+            if self._adapters.pop(name, None) is None:
+                raise InputError(f"there is no adapter {name!r}")
+
+    @property
+    def adapters(self) -> list[str]:
+        return sorted(self._adapters)
 
     def stats(self) -> Stats:
         with self._wake:
@@ -337,7 +370,7 @@ class Engine:
         ):
             if bad := [i for i in ids if not 0 <= i < size]:
                 raise InputError(f"{name}: token id {bad[0]}; the model has 0 to {size - 1}")
-        if request.adapter is not None:
+        if request.adapter is not None and request.adapter not in self._adapters:
             raise InputError(f"there is no adapter {request.adapter!r}")
 
     def _retry_after(self) -> int:

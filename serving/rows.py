@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,6 +23,8 @@ class Row:
     on_output: OnOutput
     stop_ids: tuple[int, ...]
     tokens: list[int]
+    adapter: int = 0  # its slot
+    salt: Hashable = ("adapter", 0)  # keys and values of an adapter are its own
     slot: int = -1
     pages: list[Page] = field(default_factory=list)
     published: int = 0  # pages from the start
@@ -29,10 +32,6 @@ class Row:
     cached_tokens: int = 0
     prompt_logprobs: list[Logprob | None] | None = None
     started: bool = False  # something has come out
-
-    @property
-    def salt(self):
-        return self.request.adapter
 
     @property
     def generated(self) -> int:
@@ -60,6 +59,7 @@ class Row:
             "seed": np.uint32(s.seed).view(np.int32),
             "top_k": min(s.top_k, 2**31 - 1),
             "logprobs": s.logprobs is not None,
+            "adapter": self.adapter,
         }
         floats = {
             "temperature": s.temperature,

@@ -13,6 +13,7 @@ SIGTERM or Ctrl-C takes no more requests, finishes those that run, and exits wit
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import os
 import signal
@@ -122,10 +123,28 @@ def read_keys(path: str) -> tuple[str, ...]:
     return keys
 
 
+def with_page(server: Server, options: Options, title: str) -> Server:
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before Gradio reads it
+    try:
+        from serving import ui  # here: the API needs no Gradio
+    except ImportError as error:
+        raise InputError(f"--ui: {error}; pip install 'llmzoo-jax[serve,ui]'") from error
+    return dataclasses.replace(server, app=ui.beside(server, options, title))
+
+
+def read_adapter(item: str) -> tuple[str, str]:
+    name, equals, folder = item.partition("=")
+    if not (name and equals and folder):
+        raise InputError(f"--adapters={item}: write NAME=FOLDER, several with commas")
+    return name, folder
+
+
 def main(_) -> None:
     http.start_log()
     keys = read_keys(API_KEYS_FILE.value)
-    model = llmzoo_jax.load(MODEL.value, dtype=DTYPE.value)
+    model = llmzoo_jax.load(MODEL.value, dtype=DTYPE.value, weights=WEIGHTS.value)
+    at_start = dict(read_adapter(item) for item in ADAPTERS.value)
+    more = MAX_ADAPTERS.value if ADAPTERS_DIR.value else 0
     if model.tokenizer is None:
         raise InputError(f"--model={MODEL.value}: it has no tokenizer, so no text can be served")
     context = CONTEXT.value or min(model.context or EngineOptions.context, EngineOptions.context)
@@ -138,21 +157,25 @@ def main(_) -> None:
             cache_tokens=CACHE_TOKENS.value,
             kv_dtype=KV_DTYPE.value,
             deterministic=DETERMINISTIC.value,
+            max_adapters=max(len(at_start), more),
+            max_lora_rank=MAX_LORA_RANK.value,
         ),
     )
     name = NAME.value or Path(MODEL.value).resolve().name
-    server = make_server(
-        model,
-        engine,
-        Options(
-            names={name: None},
-            context=context,
-            timeout=TIMEOUT.value,
-            max_body=int(MAX_BODY_MB.value * 1e6),
-            api_keys=keys,
-            log_text=LOG_TEXT.value,
-        ),
+    for adapter, folder in at_start.items():
+        engine.load_adapter(adapter, folder)
+    options = Options(
+        names={name: None} | {adapter: adapter for adapter in at_start},
+        context=context,
+        timeout=TIMEOUT.value,
+        max_body=int(MAX_BODY_MB.value * 1e6),
+        api_keys=keys,
+        log_text=LOG_TEXT.value,
+        adapters_dir=ADAPTERS_DIR.value,
     )
+    server = make_server(model, engine, options)
+    if UI.value:
+        server = with_page(server, options, name)
     where = f"http://{HOST.value}:{PORT.value}/v1"
     log.info("starting", extra={"facts": {"model": name, "url": where, "context": context}})
 
@@ -176,6 +199,20 @@ if __name__ == "__main__":
     HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen at; 0.0.0.0: all.")
     PORT = flags.DEFINE_integer("port", 8000, "Port to listen at.", 0, 65535)
     DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "To compute in.")
+    WEIGHTS = flags.DEFINE_enum(
+        "weights", "dtype", ["dtype", "int8", "nf4"], "Of the projections; int8 and nf4 (4 bits) "
+        "take less memory and, on a CPU, more time.",
+    )  # fmt: skip
+    ADAPTERS = flags.DEFINE_list(
+        "adapters", [], "LoRA adapters in PEFT's format, NAME=FOLDER; clients ask for model NAME."
+    )
+    ADAPTERS_DIR = flags.DEFINE_string(
+        "adapters_dir", "", "Clients may load adapters of this folder: /v1/load_lora_adapter."
+    )
+    MAX_ADAPTERS = flags.DEFINE_integer(
+        "max_adapters", 8, "So many at a time, with --adapters_dir.", 1
+    )
+    MAX_LORA_RANK = flags.DEFINE_integer("max_lora_rank", 64, "Of any adapter.", 1)
     CONTEXT = flags.DEFINE_integer(
         "context", 0, "Tokens of a prompt and its answer; 0: the model's positions, up to "
         f"{EngineOptions.context}.", 0,
@@ -206,5 +243,6 @@ if __name__ == "__main__":
     EMBEDDINGS = flags.DEFINE_bool(
         "embeddings", True, "Compile /v1/embeddings at the start, not at its first request."
     )
+    UI = flags.DEFINE_bool("ui", False, "A page to chat, at /ui.")
     LOG_TEXT = flags.DEFINE_bool("log_text", False, "Write prompts and answers into the log, too.")
     cli.run(main)

@@ -19,10 +19,14 @@ from llmzoo_jax import models
 from llmzoo_jax.models import KVCache
 from llmzoo_jax.models.paged_attention import PageView, init_pages
 from llmzoo_jax.sampling import Params, Penalties, choose, penalise
+from serving import adapters
 from serving.requests import MAX_BIAS, MAX_LOGPROBS, MAX_STOP_IDS
 
 OWN_STOP_IDS = 8  # of a model, besides those of a request
-INTS = ("last", "position", "slot", "active", "left", "min_left", "seed", "top_k", "logprobs")
+INTS = (
+    "last", "position", "slot", "adapter", "active", "left", "min_left", "seed", "top_k",
+    "logprobs",
+)  # fmt: skip
 FLOATS = (
     "temperature", "top_p", "min_p", "repetition", "presence", "frequency",
 )  # fmt: skip
@@ -129,6 +133,7 @@ def decode(
     model = jax.tree.unflatten(treedef, leaves)
     row = _unpack(rows)
     slot = row["slot"]
+    adapters.select(model, row["adapter"])
     stops, tables = rows[:, STOPS], rows[:, STOPS.stop :]
     B, V = len(rows), model.config.vocab_size
     params = Params(
@@ -214,14 +219,15 @@ class Scores(NamedTuple):
 def prefill(
     leaves, state: State, blocks, work: Work, *, treedef, scored: bool, dtype
 ) -> tuple[State, Scores | None]:
-    """Fills whole pages. ``blocks`` int32 ``[R, 1 + 2 * S + M]``: the position at which each page
-    starts, its tokens, the tokens after those (for ``scored``), its row's pages."""
+    """Fills whole pages. ``blocks`` int32 ``[R, 2 + 2 * S + M]``: the adapter of each page, the
+    position at which it starts, its tokens, those after them (for ``scored``), its row's pages."""
     model = jax.tree.unflatten(treedef, leaves)
     S = state.cache.k[0].values.shape[2]
     R = len(blocks)
-    positions = blocks[:, :1] + jnp.arange(S)  # [R,S]
-    tokens, targets = blocks[:, 1 : 1 + S], blocks[:, 1 + S : 1 + 2 * S]
-    view = PageView(positions, blocks[:, 1 + 2 * S :], *work)
+    adapters.select(model, blocks[:, 0])
+    positions = blocks[:, 1:2] + jnp.arange(S)  # [R,S]
+    tokens, targets = blocks[:, 2 : 2 + S], blocks[:, 2 + S : 2 + 2 * S]
+    view = PageView(positions, blocks[:, 2 + 2 * S :], *work)
     x, cache = model.hidden(tokens, view, positions, kv_cache=state.cache, dtype=jnp.dtype(dtype))
     state = State(cache, state.counts, state.in_prompt)
     if not scored:

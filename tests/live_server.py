@@ -58,12 +58,16 @@ class Live:
 
 
 @contextlib.contextmanager
-def live(model, engine, **options):
-    """``options`` are those of ``serving.app.Options`` that differ from DEFAULTS."""
-    server = make_server(model, engine, dataclasses.replace(DEFAULTS, **options))
+def live(model, engine, *, around=lambda server, options: server.app, **options):
+    """``options`` are those of ``serving.app.Options`` that differ from DEFAULTS; ``around`` gives
+    the app that is served."""
+    own = {"names": dict(DEFAULTS.names)}  # loading adapters changes them
+    options = dataclasses.replace(DEFAULTS, **own | options)
+    server = make_server(model, engine, options)
     engine.start()
     server.state.ready = True
-    config = uvicorn.Config(server.app, port=0, lifespan="off", log_config=None, access_log=False)
+    app = around(server, options)
+    config = uvicorn.Config(app, port=0, lifespan="off", log_config=None, access_log=False)
     uv = uvicorn.Server(config)
     thread = threading.Thread(target=uv.run, daemon=True)
     thread.start()

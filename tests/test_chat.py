@@ -9,9 +9,11 @@ import time
 
 import pytest
 
-from llmzoo_jax.conversation import ConversationError
+from llmzoo_jax.conversation import ConversationError, Message
 from llmzoo_jax.inference import Result
-from serving.chat import chat
+from serving.chat import Chat, chat
+from serving.chat_backends import Local
+from serving.terminal import Plain
 from tests.tiny_runs import make_run
 
 CTRL_C, CTRL_D = KeyboardInterrupt, EOFError
@@ -36,10 +38,10 @@ class Fake:
             if piece is CTRL_C:
                 raise KeyboardInterrupt
             on_text(piece)
-        return Result("", [], "length" if answer == "long" else "stop", 10)
+        return Result("", [7] * 20, "length" if answer == "long" else "stop", 10)
 
 
-def talk(model, *lines, context=1000, **options):
+def talk(model, *lines, context=1000, system="", **options):
     """Runs a chat over lines, where an exception stands for its key; returns unread lines."""
     lines = list(lines)
 
@@ -49,7 +51,9 @@ def talk(model, *lines, context=1000, **options):
             return line
         raise line
 
-    chat(model, read_line, context=context, max_new_tokens=20, **options)
+    backend = Local(model, context=context, max_new_tokens=20, **options)
+    opening = [Message("system", system)] if system else []
+    chat(Chat(backend, Plain(), opening), read_line)
     return lines
 
 

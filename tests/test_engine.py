@@ -92,12 +92,12 @@ class Answer:
         return [x for output in self.outputs for x in output.logprobs or []]
 
 
-def ask(engine, prompt, *, grammar=None, deadline=None, **sampling):
+def ask(engine, prompt, *, grammar=None, deadline=None, adapter=None, **sampling):
     answer = Answer()
     options = {"temperature": 0.0, "max_tokens": 12} | sampling
     request = Request(
         id=str(next(_ids)), prompt=prompt, sampling=Sampling(**options), grammar=grammar,
-        deadline=deadline,
+        deadline=deadline, adapter=adapter,
     )  # fmt: skip
     answer.id = request.id
     engine.submit(request, answer)

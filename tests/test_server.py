@@ -205,6 +205,11 @@ def test_tokenize_and_detokenize(server):
     assert server.post("/detokenize", {"tokens": ids})[2]["prompt"] == "Hello 世界"
     _, _, body = server.post("/tokenize", {"messages": CHAT})
     assert body["tokens"] == server.model.prompt(CHAT)
+    whole = server.post("/detokenize", {"tokens": body["tokens"]})[2]["prompt"]
+    assert whole.endswith("Human: <s>Who are you?</s>Assistant: <s>")
+    info = server.get("/tokenizer_info")[2]
+    assert (info["eos_token"], info["model_max_length"]) == ("</s>", 256)
+    assert "Human: <s>" in info["chat_template"]
 
 
 SCHEMA = {
