@@ -134,11 +134,11 @@ def _summary(lang: str, nats: np.ndarray, sizes: np.ndarray, tokens: np.ndarray)
 
 def table(rows: Sequence[Perplexity]) -> str:
     head = (
-        f"{'language':<10}{'texts':>8}{'bytes':>11}{'bits/byte':>11}{'95 %':>16}{'ppl/token':>12}"
+        f"{'language':<10}{'texts':>8}{'bytes':>11}{'bits/byte':>11}{'95 %':>18}{'ppl/token':>12}"
     )
     lines = [
         f"{r.lang:<10}{r.texts:>8,}{r.bytes:>11,}{r.bits_per_byte:>11.4f}"
-        f"{f'{r.low:.3f} - {r.high:.3f}':>16}{r.perplexity:>12,.2f}"
+        f"{f'{r.low:.3f} - {r.high:.3f}':>18}{r.perplexity:>12,.2f}"
         for r in rows
     ]
     return "\n".join([head, *lines])

@@ -5,7 +5,6 @@ import math
 
 import numpy as np
 import pytest
-import torch
 from transformers import AutoModelForCausalLM
 
 import llmzoo_jax
@@ -16,6 +15,8 @@ from llmzoo_jax.errors import InputError
 from llmzoo_jax.export import export
 from tests.tiny_runs import make_run
 from tests.tiny_tokenizers import SENTENCES
+
+torch = pytest.importorskip("torch")
 
 
 @pytest.fixture(scope="module", params=["bpe", "sentencepiece"])
