@@ -143,7 +143,7 @@ class Endpoint:
             connection.request(method, parts.path + path, data, self.headers)
             response = connection.getresponse()
             if response.status != 200:
-                message = _error_text(response)
+                message = _error_text(response, self.url)
                 long = any(part in message for part in TOO_LONG)
                 raise (ContextFull if long else EndpointError)(message)
             yield response
@@ -170,7 +170,7 @@ def _events(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
             yield event
 
 
-def _error_text(response: http.client.HTTPResponse) -> str:
+def _error_text(response: http.client.HTTPResponse, url: str) -> str:
     text = response.read(10_000).decode("utf-8", "replace")
     try:
         text = _message(json.loads(text))
@@ -178,7 +178,7 @@ def _error_text(response: http.client.HTTPResponse) -> str:
         text = " ".join(text.split())[:300]  # a page of a proxy, say
     hint = {
         401: "; name the variable that has the API key with --api_key_env",
-        404: "; does the URL end in /v1?" if "<" in text or not text else "",
+        404: "" if url.endswith("/v1") else "; most such URLs end in /v1",
     }.get(response.status, "")
     return f"{response.status} {response.reason}: {text or 'no explanation'}{hint}"
 

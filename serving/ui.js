@@ -1,17 +1,19 @@
 // Runs once, when the page is there.
 () => {
-  // The direction of each block is that of its own text; code is left to right.
-  const blocks = ["p", "li", "ul", "ol", "h1", "h2", "h3", "h4", "h5", "h6", "blockquote", "table",
-                  "td", "th"].map((name) => `#chat .message ${name}:not([dir])`).join();
-  const mark = () => {
-    document.querySelectorAll(blocks).forEach((one) => { one.dir = "auto"; });
-    document.querySelectorAll("#chat :is(pre, code):not([dir])").forEach((one) => { one.dir = "ltr"; });
-    document.querySelectorAll("textarea").forEach((one) => { if (one.dir !== "auto") one.dir = "auto"; });
+  // The direction of each block is that of its own first letters; code is left to right. Only the
+  // outermost blocks get a dir: "auto" does not look into what has one of its own.
+  const setDirection = () => {
+    for (const code of document.querySelectorAll("#chat :is(pre, code):not([dir])")) code.dir = "ltr";
+    for (const block of document.querySelectorAll("#chat .prose > :not([dir])")) block.dir = "auto";
+    for (const box of document.querySelectorAll("textarea:not([dir=auto])")) box.dir = "auto";
   };
-  mark();
-  new MutationObserver(mark).observe(document.body, {
+  setDirection();
+  new MutationObserver(setDirection).observe(document.body, {
     childList: true, subtree: true, attributes: true, attributeFilter: ["dir"],
   });
+
+  // On a phone the settings would cover everything.
+  if (window.innerWidth < 768) document.querySelector(".sidebar.open .toggle-button")?.click();
 
   // A file of the conversation, made here: the server stores nothing.
   window.saveConversation = (kind, history, system) => {

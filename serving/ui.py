@@ -15,7 +15,7 @@ from typing import Any
 
 import gradio as gr
 from fastapi import FastAPI
-from starlette.responses import RedirectResponse, Response
+from starlette.responses import JSONResponse, RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.app import Options, Server
@@ -32,6 +32,10 @@ POLICY = (
 THEME = gr.themes.Default(
     font=["system-ui", "Noto Sans", "sans-serif"], font_mono=["ui-monospace", "monospace"]
 )
+MATH = [  # not "$...$": prices are no formulas
+    {"left": left, "right": right, "display": left != "\\("}
+    for left, right in (("$$", "$$"), ("\\[", "\\]"), ("\\(", "\\)"))
+]
 History = list[dict[str, Any]]
 Update = tuple[History, str, Any]
 
@@ -48,7 +52,7 @@ class Control:
 
 
 CONTROLS: Mapping[str, Control] = {
-    "temperature": Control("Temperature (0: greedy)", 0, 2, 0.05, 0.7),
+    "temperature": Control("Temperature", 0, 2, 0.05, 0.7),
     "top_p": Control("Top-p", 0.05, 1, 0.05, 1),
     "top_k": Control("Top-k (0: all)", 0, 200, 1, 0),
     "min_p": Control("Min-p", 0, 1, 0.01, 0),
@@ -78,8 +82,8 @@ def beside(server: Server, options: Options, title: str) -> ASGIApp:
         path = scope.get("path", "")
         if path == "/" and scope["type"] == "http":
             return await RedirectResponse(f"{PATH}/")(scope, receive, send)
-        if path in ("/favicon.ico", "/manifest.json"):  # the page asks for them, and has none
-            return await Response(status_code=204)(scope, receive, send)
+        if path in ("/favicon.ico", "/manifest.json"):  # a page may ask for these
+            return await JSONResponse({"name": title})(scope, receive, send)
         if path != PATH and not path.startswith(f"{PATH}/"):
             return await server.app(scope, receive, send)
         if not started:  # its tasks belong to this event loop
@@ -101,7 +105,7 @@ def beside(server: Server, options: Options, title: str) -> ASGIApp:
 def make_page(server: Server, options: Options, title: str) -> gr.Blocks:
     names = list(options.names)
     with gr.Blocks(title=title, analytics_enabled=False, fill_height=True) as page:
-        with gr.Sidebar(label="Settings", width=320, elem_id="settings"):
+        with gr.Sidebar(label="Settings", width=340, elem_id="settings"):
             name = gr.Dropdown(names, value=names[0], label="Model", visible=len(names) > 1)
             system = gr.Textbox(label="System prompt", lines=3, placeholder="the model's own")
             sliders = [
@@ -115,7 +119,7 @@ def make_page(server: Server, options: Options, title: str) -> gr.Blocks:
         shown = gr.Chatbot(
             elem_id="chat", label=title, show_label=False, scale=1, height="70vh",
             editable="user", buttons=["copy", "copy_all"], feedback_options=None,
-            placeholder=f"## {title}", allow_file_downloads=False, allow_tags=False,
+            placeholder=f"## {title}", allow_file_downloads=False, latex_delimiters=MATH,
             group_consecutive_messages=False, layout="bubble",
         )  # fmt: skip
         status = gr.HTML(elem_id="status", show_label=False)
@@ -124,9 +128,9 @@ def make_page(server: Server, options: Options, title: str) -> gr.Blocks:
             placeholder="Message (Enter sends, Shift-Enter begins a new line)", submit_btn=True,
         )  # fmt: skip
         with gr.Row(elem_id="actions"):
-            clear = gr.Button("New conversation", size="sm")
-            as_json = gr.Button("Save as JSON", size="sm")
-            as_markdown = gr.Button("Save as Markdown", size="sm")
+            clear = gr.Button("New conversation", size="sm", min_width=100)
+            as_json = gr.Button("Save as JSON", size="sm", min_width=100)
+            as_markdown = gr.Button("Save as Markdown", size="sm", min_width=100)
 
         async def reply(history: History, *values: Any, **cleared: str) -> AsyncIterator[Update]:
             """Updates of chat, status and box, until the answer is there."""
