@@ -204,7 +204,7 @@ def answer_locally(model: Any, file: AnswerFile, *, batch_size: int, **sampling:
             if not any(question.key in missing for question in batch):
                 continue
             seed = sampling["seed"] + number * batch_size
-            answers = _batch(model, batch, batch_size, sampling | {"seed": seed, "stop": stop})
+            answers = _batch(model, batch, sampling | {"seed": seed, "stop": stop})
             file.add(pair for pair in zip(batch, answers, strict=True) if pair[0].key in missing)
             bar.update(sum(question.key in missing for question in batch))
 
@@ -220,9 +220,7 @@ def batches(
             yield alike[start : start + size]
 
 
-def _batch(
-    model: Any, batch: Sequence[Question], size: int, sampling: dict[str, Any]
-) -> list[list[str]]:
+def _batch(model: Any, batch: Sequence[Question], sampling: dict[str, Any]) -> list[list[str]]:
     """The answers to all turns. After an empty answer the conversation can't go on: the rest of it
     is empty, too."""
     answers: list[list[str]] = [[] for _ in batch]
@@ -232,8 +230,7 @@ def _batch(
             prompts = [
                 model.prompt(_messages(batch[i].turns[: turn + 1], answers[i])) for i in rows
             ]
-            filled = prompts + prompts[-1:] * (size - len(prompts))  # another size is compiled anew
-            texts = [result.text.strip() for result in model.generate(filled, **sampling)]
+            texts = [result.text.strip() for result in model.generate(prompts, **sampling)]
             for i, text in zip(rows, texts, strict=False):
                 answers[i].append(text)
         for given in answers:
@@ -307,10 +304,12 @@ def main(_: list[str]) -> None:
     try:
         if not args.base_url:
             import llmzoo_jax
+            from serving.offline import on_engine
 
             model = llmzoo_jax.load(args.model, dtype=args.dtype)
-            answer_locally(model, file, batch_size=args.batch_size,
-                           max_new_tokens=args.max_tokens, **sampling)  # fmt: skip
+            with on_engine(model, max_batch=args.batch_size) as fast:
+                answer_locally(fast, file, batch_size=args.batch_size,
+                               max_new_tokens=args.max_tokens, **sampling)  # fmt: skip
         else:
             ledger = Ledger(out.with_name(out.name + ".requests.jsonl"), args.max_cost)
             try:

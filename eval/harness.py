@@ -67,18 +67,22 @@ def main(_: list[str]) -> None:
     except ImportError as error:
         raise InputError(f"{error}; install it with: pip install 'llmzoo-jax[eval]'") from error
     import llmzoo_jax
+    from serving.offline import on_engine
 
     model = llmzoo_jax.load(args.model, dtype=args.dtype)
-    backend = Backend(model, batch_size=args.batch_size, max_length=args.max_length, seed=args.seed)
-    results = evaluate(
-        backend,
-        args.tasks,
-        include_path=args.include_path,
-        num_fewshot=args.num_fewshot,
-        limit=args.limit,
-        apply_chat_template=args.apply_chat_template,
-        log_samples=args.log_samples,
-    )
+    with on_engine(model, max_batch=args.batch_size, context=args.max_length) as fast:
+        backend = Backend(
+            fast, batch_size=args.batch_size, max_length=args.max_length, seed=args.seed
+        )
+        results = evaluate(
+            backend,
+            args.tasks,
+            include_path=args.include_path,
+            num_fewshot=args.num_fewshot,
+            limit=args.limit,
+            apply_chat_template=args.apply_chat_template,
+            log_samples=args.log_samples,
+        )
     print(table(results))
     if args.out:
         # The harness's results hold functions and arrays: what is not JSON is written as text.

@@ -121,9 +121,8 @@ class Backend(TemplateLM):
                 rows = sorted(rows, key=lambda i: (-len(prompts[i]), i))
                 for start in range(0, len(rows), self.batch_size):
                     batch = rows[start : start + self.batch_size]
-                    filled = [*batch, *batch[-1:] * (self.batch_size - len(batch))]
-                    results = self.model.generate([prompts[i] for i in filled], **asked)
-                    for i, result in zip(batch, results, strict=False):
+                    results = self.model.generate([prompts[i] for i in batch], **asked)
+                    for i, result in zip(batch, results, strict=True):
                         text = self.tokenizer.decode(result.tokens, skip_special_tokens=True)
                         texts[i] = postprocess_generated_text(text, until, None)
                         self.cache_hook.add_partial("generate_until", requests[i].args, texts[i])

@@ -131,6 +131,7 @@ MAY_IMPORT = {
         "data_pipelines.ledger",
         "data_pipelines.language",
         "data_pipelines.sources",
+        "serving.offline",
     },
 }
 NO_JAX = (
