@@ -59,7 +59,7 @@ def read_questions(paths: Sequence[str], *, lang: str = "") -> list[Question]:
                 question = Question(
                     question_id=number,
                     turns=turns_of(record),
-                    lang=language_of(record, "lang").get("lang") or lang or _named(path),
+                    lang=language_of(record, "lang").get("lang") or lang or language_of_name(path),
                     category=str(record.get("category") or record.get("label") or ""),
                     reference=(reference,) if isinstance(reference, str) else tuple(reference),
                     where=where,
@@ -77,7 +77,7 @@ def read_questions(paths: Sequence[str], *, lang: str = "") -> list[Question]:
     return list(found.values())
 
 
-def _named(path: str) -> str:
+def language_of_name(path: str) -> str:
     """The language that a file's name begins or ends with: ar100.jsonl, questions_Arabic.jsonl,
     questions-en.jsonl; else "und"."""
     stem = os.path.basename(path).partition(".")[0]

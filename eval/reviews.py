@@ -178,6 +178,7 @@ _UNLIKE = re.compile(
     r"\b(?:more|better|best|less|least|worse|worst|most|superior|inferior|except|but|however|not"
     r"|slightly|outperforms?)\b"
 )
+_SELF = r"(?:(?!assistant)[^.])*?"  # no other one is meant between
 _HIGHER = r"(?:more|better|superior|stronger|greater|higher|outperforms|clearer|deeper|broader)"
 _LOWER = r"(?:less|worse|inferior|weaker|lower|fewer|poorer)"
 _LEVELS = {
@@ -254,17 +255,17 @@ def _sentences(text: str) -> list[str]:
 
 
 def _all_equal(text: str, n: int) -> tuple[int, ...] | None:
-    """Where the last paragraph says of all that they are the same, and nothing of a difference."""
-    everyone = (
-        rf"\b(?:all|both|{_NUMBERS.get(n, 'all')})\b|no (?:clear )?(?:difference|distinction)"
-    )
+    """Where the last paragraph says of all that they are the same, and from there on nothing of a
+    difference."""
+    everyone = rf"\b(?:all|both|{_NUMBERS.get(n, 'all')})\b|no (?:clear )?(?:differ|distinct)"
     sentences = _sentences(text)
-    for sentence in sentences:
+    for i, sentence in enumerate(sentences):
         named = {int(number) for number in re.findall(_ONE, sentence)}
         everybody = (re.search(everyone, sentence) and not named) or len(named) == n
         if everybody and re.search(_SAME, sentence):
-            rest = " ".join(sentences).replace("no clear", "")
-            return None if _UNLIKE.search(rest) else (1,) * n
+            rest = " ".join(sentences[i:]).replace("no clear", "")
+            if not _UNLIKE.search(rest):
+                return (1,) * n
     return None
 
 
@@ -273,7 +274,7 @@ def _comparison(text: str) -> tuple[int, ...] | None:
     winners = set()
     for sentence in re.split(r"(?<=[.!?])\s+|\n", text):
         match = re.search(
-            rf"{_ONE}\b[^.]*?\b({_HIGHER}|{_LOWER})\b[^.]*?\bthan\b[^.]*?{_ONE}", sentence
+            rf"{_ONE}\b{_SELF}\b({_HIGHER}|{_LOWER})\b{_SELF}\bthan\b{_SELF}{_ONE}", sentence
         )
         if match and match[1] != match[3] and " not " not in sentence:
             higher = re.fullmatch(_HIGHER, match[2])

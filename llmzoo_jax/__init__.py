@@ -22,13 +22,15 @@ def load(
     *,
     dtype: str = "float32",
     step: int | Literal["latest", "best"] = "latest",
+    weights: Literal["dtype", "int8", "nf4"] = "dtype",
 ) -> Model:
     """A model to use: of a Hugging Face folder, or of a checkpoint of a run folder.
 
     ``dtype`` is "float32" or "bfloat16", of the weights and the activations. ``step`` chooses the
-    checkpoint of a run; "best" is that of the lowest held-out loss. Raises InputError where the
-    folder is neither, or does not hold what it should.
+    checkpoint of a run; "best" is that of the lowest held-out loss. ``weights`` "int8" or "nf4"
+    holds the projections in 8 or 4 bits, a half or a quarter of bfloat16. Raises InputError where
+    the folder is neither, or does not hold what it should.
     """
     from llmzoo_jax.inference import load_model  # here: `import llmzoo_jax` stays without JAX
 
-    return load_model(path, dtype=dtype, step=step)
+    return load_model(path, dtype=dtype, step=step, weights=weights)

@@ -12,14 +12,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
-from llmzoo_jax import checkpoint, embeddings, hf, lora_run, models, peft_format
+from llmzoo_jax import checkpoint, embeddings, hf, lora, lora_run, models, peft_format
 from llmzoo_jax import config as configs
 from llmzoo_jax import generate as decoding
-from llmzoo_jax.config import LlamaConfig, ModelConfig
+from llmzoo_jax.config import LlamaConfig, LoraConfig, ModelConfig
 from llmzoo_jax.conversation import FORMATS, ChatFormat, Message, chat_template, render
 from llmzoo_jax.errors import InputError
 from llmzoo_jax.generate import Sampling
+from llmzoo_jax.models import quantised
 from llmzoo_jax.text_stream import TextStream
 from llmzoo_jax.tokenizer import encode_prompt, load_tokenizer, resolve_format
 
@@ -243,6 +245,7 @@ def _stops(stop: str | Sequence[str]) -> tuple[str, ...]:
 # --- chat formats on a tokenizer ----------------------------------------------------------------
 
 
+@functools.lru_cache(maxsize=8)
 def answer_frame(chat_format: ChatFormat) -> tuple[str, str]:
     """What the format lets the model write before and after the content of an answer: a space and
     ``</s>``, say. Found by writing one, so it holds for a checkpoint's own template, too."""
@@ -281,17 +284,23 @@ def stop_token_ids(tokenizer: Any, chat_format: ChatFormat | None) -> tuple[int,
 
 
 def _token_id(tokenizer: Any, text: str) -> int | None:
-    return tokenizer.get_vocab().get(text)
+    return tokenizer.backend_tokenizer.token_to_id(text)
 
 
 # --- loading ------------------------------------------------------------------------------------
 
 
 def load_model(
-    path: str | Path, *, dtype: str = "float32", step: checkpoint.Step = "latest"
+    path: str | Path,
+    *,
+    dtype: str = "float32",
+    step: checkpoint.Step = "latest",
+    weights: str = "dtype",
 ) -> Model:
     """``llmzoo_jax.load``; see there."""
     path = Path(path)
+    if weights not in ("dtype", *quantised.KINDS):
+        raise LoadError(f"weights={weights!r}: dtype, {' or '.join(quantised.KINDS)}")
     if dtype not in ("float32", "bfloat16"):
         raise LoadError(f"dtype={dtype!r}: float32 or bfloat16")
     if not any((path / name).is_file() for name in ("config.json", peft_format.CONFIG)):
@@ -300,11 +309,15 @@ def load_model(
     is_adapter = not (path / "config.json").is_file()
     if not is_adapter and is_run(path):
         loaded = _from_run(path, jnp.dtype(dtype), step)
-    elif step == "latest":
-        loaded = (_from_peft if is_adapter else _from_hf)(path, jnp.dtype(dtype))
-    else:
+    elif step != "latest":
         raise LoadError(f"{path}: step={step!r} is for a run folder; this is a Hugging Face folder")
+    elif is_adapter:
+        loaded = _from_peft(path, jnp.dtype(dtype))
+    else:
+        loaded = _from_hf(path, jnp.dtype(dtype), weights)
     config, tokenizer, chat_format, params, more_stops = loaded
+    if weights != "dtype" and isinstance(params.blocks.down.w, nnx.Param):
+        params = lora.freeze(params, LoraConfig(quantise=weights, base_dtype=dtype))
     stops = stop_token_ids(tokenizer, chat_format) if tokenizer is not None else ()
     return Model(
         path=str(path),
@@ -356,10 +369,14 @@ def _tokenizer(path: Path):
     return tokenizer, find_format(tokenizer)
 
 
-def _from_hf(path: Path, dtype: jnp.dtype):
+def _from_hf(path: Path, dtype: jnp.dtype, weights: str):
     config = hf.read_config(path)
     tokenizer, chat_format = _tokenizer(path)
-    params = hf.load_params(path, config, place=lambda name, x: jnp.asarray(x, dtype))
+    if weights == "dtype":
+        params = hf.load_params(path, config, place=lambda name, x: jnp.asarray(x, dtype))
+    else:  # quantised while it is read, so that the model never fills the memory
+        kind = LoraConfig(quantise=weights, base_dtype=dtype.name)
+        params = lora_run.load_base(path, config, kind, lora_run.one_device())
     return config, tokenizer, chat_format, params, _eos_ids(path)
 
 

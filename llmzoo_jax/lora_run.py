@@ -95,18 +95,18 @@ def restore_model(
     adapters = checkpoint.restore_params(run_dir, abstract, step=step)
     known = read_base(run_dir)
     _check_content(Path(run_dir) / BASE, known["folder"], known)
-    base = load_base(known["folder"], model, config, _one_device())
+    base = load_base(known["folder"], model, config, one_device())
     return lora.merge(base, adapters)
 
 
 def load_peft(folder: str | Path, base: str | Path, model: ModelConfig) -> nnx.Module:
     """A PEFT adapter merged into the Hugging Face folder ``base``, float32, on one device."""
     config = peft_format.read_config(folder, model)
-    frozen = load_base(base, model, config, _one_device())
+    frozen = load_base(base, model, config, one_device())
     return lora.merge(frozen, peft_format.load(folder, config, model))
 
 
-def _one_device() -> Mesh:
+def one_device() -> Mesh:
     return sharding.make_mesh(MeshConfig(), jax.devices()[:1])
 
 

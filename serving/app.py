@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
@@ -21,6 +24,7 @@ from serving import http, protocol, responses
 from serving.completions import Completions, Engine, messages_of
 from serving.prometheus import Metrics
 from serving.protocol import ApiError
+from serving.requests import QueueFull
 
 POST = {  # what each route takes
     "/v1/chat/completions": protocol.ChatRequest,
@@ -28,20 +32,25 @@ POST = {  # what each route takes
     "/v1/embeddings": protocol.EmbeddingRequest,
     "/tokenize": protocol.TokenizeRequest,
     "/detokenize": protocol.DetokenizeRequest,
+    "/v1/load_lora_adapter": protocol.LoadAdapterRequest,
+    "/v1/unload_lora_adapter": protocol.UnloadAdapterRequest,
 }
-GET = ("/v1/models", "/health", "/ready", "/metrics")
+MAX_EMBEDDING = 64  # requests that may wait for it
+GET = ("/v1/models", "/tokenizer_info", "/health", "/ready", "/metrics")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """``names``: the names that clients may ask for, and the adapter that each means, or None."""
+    """``names``: the names that clients may ask for, and the adapter that each means, or None. With
+    ``adapters_dir``, clients may load the adapters in it, which adds names."""
 
-    names: Mapping[str, str | None]
+    names: dict[str, str | None]
     context: int  # tokens of a prompt and its answer
     timeout: float  # seconds of a request, at most
     max_body: int  # bytes
     api_keys: tuple[str, ...] = ()
     log_text: bool = False
+    adapters_dir: str = ""
 
 
 @dataclass(eq=False)
@@ -71,6 +80,11 @@ def make_server(model: Model, engine: Engine, options: Options) -> Server:
     text = Completions(model, engine, metrics, context=options.context, timeout=options.timeout)
     app = FastAPI(title="llmzoo_jax", docs_url=None, redoc_url=None)  # their pages need a CDN
     started = int(time.time())
+    embedder = ThreadPoolExecutor(1, thread_name_prefix="embed")
+    embedding: set[Request] = set()
+
+    async def in_embedder(function: Callable[..., Any], *arguments: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(embedder, function, *arguments)
 
     def post(path: str):
         """Registers a handler of (body, request)."""
@@ -125,6 +139,8 @@ def make_server(model: Model, engine: Engine, options: Options) -> Server:
 
     @post("/v1/embeddings")
     async def embed(body: protocol.EmbeddingRequest, request: Request) -> Response:
+        if options.names[body.model] is not None:
+            raise ApiError("embeddings are the base model's, not an adapter's", param="model")
         rows = await text.run(text.tokenize, body.input, "input")
         for row in rows:
             if len(row) > options.context:
@@ -133,7 +149,13 @@ def make_server(model: Model, engine: Engine, options: Options) -> Server:
                     param="input",
                     code="context_length_exceeded",
                 )
-        vectors = await http.while_connected(request.receive, text.run(model.embed, rows))
+        if len(embedding) >= MAX_EMBEDDING:
+            raise QueueFull(len(embedding), 1)
+        embedding.add(request)
+        try:  # in a thread of its own: texts for the engine don't wait for it
+            vectors = await http.while_connected(request.receive, in_embedder(model.embed, rows))
+        finally:
+            embedding.discard(request)
         data = [
             {
                 "object": "embedding",
@@ -167,7 +189,26 @@ def make_server(model: Model, engine: Engine, options: Options) -> Server:
     @post("/detokenize")
     async def detokenize(body: protocol.DetokenizeRequest, request: Request) -> Response:
         text.check_ids(body.tokens, "tokens")
-        return JSONResponse({"prompt": await text.run(text.decode, body.tokens)})
+        return JSONResponse({"prompt": await text.run(text.decode, body.tokens, True)})
+
+    @post("/v1/load_lora_adapter")
+    async def load_adapter(body: protocol.LoadAdapterRequest, request: Request) -> Response:
+        name = body.lora_name
+        if name in options.names:
+            raise ApiError(f"there is a model {name!r} already", param="lora_name")
+        folder = adapter_folder(options.adapters_dir, body.lora_path)
+        await text.run(engine.load_adapter, name, str(folder))
+        options.names[name] = name
+        return JSONResponse({"status": "loaded", "model": name})
+
+    @post("/v1/unload_lora_adapter")
+    async def unload_adapter(body: protocol.UnloadAdapterRequest, request: Request) -> Response:
+        name = body.lora_name
+        if not options.adapters_dir or options.names.get(name) is None:
+            raise ApiError(f"there is no adapter {name!r} to unload", status=404, param="lora_name")
+        engine.unload_adapter(name)
+        del options.names[name]
+        return JSONResponse({"status": "unloaded", "model": name})
 
     def entry(name: str) -> dict[str, Any]:
         parent = next(iter(options.names)) if options.names[name] else None
@@ -183,6 +224,13 @@ def make_server(model: Model, engine: Engine, options: Options) -> Server:
                 f"there is no model {name!r} here, but {names}",
                 status=404, param="model", code="model_not_found",
             )  # fmt: skip
+
+    @app.get("/tokenizer_info")
+    async def tokenizer_info() -> Response:
+        """vLLM's, which lm-evaluation-harness asks for."""
+        names = ("bos_token", "eos_token", "unk_token", "pad_token", "chat_template")
+        found = {name: getattr(model.tokenizer, name, None) for name in names}
+        return JSONResponse(found | {"model_max_length": options.context})
 
     @app.get("/v1/models")
     async def models() -> Response:
@@ -215,3 +263,14 @@ def make_server(model: Model, engine: Engine, options: Options) -> Server:
 
     wrapped = http.observed(app, metrics, keys=options.api_keys, paths=(*POST, *GET))
     return Server(wrapped, state, metrics, text)
+
+
+def adapter_folder(root: str, path: str) -> Path:
+    """``path`` below ``root``; ApiError for any other place."""
+    if not root:
+        raise ApiError("this server loads no adapters; start it with --adapters_dir", status=403)
+    base = Path(root).resolve()
+    folder = (base / path).resolve()
+    if not folder.is_relative_to(base):
+        raise ApiError(f"lora_path={path!r} is not in the server's folder", param="lora_path")
+    return folder

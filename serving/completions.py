@@ -39,6 +39,8 @@ class Engine(Protocol):
     def start(self) -> None: ...
     def submit(self, request: Request, on_output: OnOutput) -> None: ...
     def abort(self, id: str) -> None: ...
+    def load_adapter(self, name: str, folder: str) -> None: ...
+    def unload_adapter(self, name: str) -> None: ...
     def stats(self) -> Stats: ...
     def drain(self, seconds: float) -> bool: ...
     def close(self) -> None: ...
@@ -207,12 +209,9 @@ class Completions:
             raise ApiError("best_of is less than n", param="best_of")
         if request.stream and (request.best_of or 1) > (request.n or 1):
             raise ApiError("best_of can't be streamed: the best is known last", param="best_of")
-        prompts = [(ids, "") for ids in await self.run(self.tokenize, request.prompt, "prompt")]
-        if request.echo:
-            texts = [request.prompt] if isinstance(request.prompt, str) else request.prompt
-            known = isinstance(texts[0], str) and request.truncate_prompt_tokens is None
-            texts = texts if known else [self.decode(self._cut(ids, request)) for ids, _ in prompts]
-            prompts = [(ids, text) for (ids, _), text in zip(prompts, texts, strict=True)]
+        rows = await self.run(self.tokenize, request.prompt, "prompt")
+        echoes = await self.run(self._echoes, request, rows)
+        prompts = list(zip(rows, echoes, strict=True))
         options = self._stream_options(request)
         return await self._start(
             request,
@@ -220,6 +219,16 @@ class Completions:
             lambda prompt: self.model.text_stream(prompt, request.stops, **options),
             adapter,
         )
+
+    def _echoes(self, request: CompletionRequest, rows: list[list[int]]) -> list[str]:
+        """The texts of the prompts, as given where they were texts; empty without echo."""
+        if not request.echo:
+            return [""] * len(rows)
+        given = [request.prompt] if isinstance(request.prompt, str) else request.prompt
+        if isinstance(given[0], str) and request.truncate_prompt_tokens is None:
+            return given
+        special = request.skip_special_tokens is False
+        return [self.decode(self._cut(ids, request), special) for ids in rows]
 
     def tokenize(self, prompt: str | Sequence[Any], name: str) -> list[list[int]]:
         """The tokens of a text, of token ids, or of a list of either."""
@@ -245,8 +254,8 @@ class Completions:
         """What a token stands for, be it special or not."""
         return self.bytes.text[id] if id < len(self.bytes.text) else b""
 
-    def decode(self, ids: Sequence[int]) -> str:
-        stream = TextStream(self.model.tokenizer)
+    def decode(self, ids: Sequence[int], special: bool = False) -> str:
+        stream = TextStream(self.model.tokenizer, special=special)
         return stream.feed(ids) + stream.finish(whole=False)
 
     async def _start(self, request, prompts, make_stream, adapter) -> Answer:
@@ -275,7 +284,9 @@ class Completions:
                 ids, echo = prompts[number // group]
                 choice = Choice(uuid.uuid4().hex, make_stream(ids), ids, echo)
                 choices.append(choice)
-                seed = (how.seed + number % group) % 2**32
+                # The same for each prompt where it is given, as if they had come one by one.
+                nth = number if request.seed is None else number % group
+                seed = (how.seed + nth) % 2**32
                 self.engine.submit(
                     Request(
                         id=choice.id,

@@ -18,7 +18,7 @@ import jax
 
 from llmzoo_jax.errors import InputError
 from llmzoo_jax.inference import Model
-from serving import steps
+from serving import adapters, steps
 from serving.pages import Page, PagePool
 from serving.requests import Closed, OnOutput, Output, QueueFull, Request, Stats
 from serving.rows import Row
@@ -52,6 +52,7 @@ class Engine:
         self._finished = collections.Counter()
         self._step_seconds = 0.0
         self._compiled = 0
+        self._adapters = adapters.Loaded(o.max_adapters)
 
     # --- from any thread ---
 
@@ -77,6 +78,7 @@ class Engine:
                 raise InputError(f"a request with the id {request.id} is there already")
             if len(self._waiting) >= self.options.max_waiting:
                 raise QueueFull(len(self._waiting), self._retry_after())
+            row.adapter, row.salt = self._adapters.find(request.adapter)
             self._rows[request.id] = row
             self._waiting.append(row)
             self._wake.notify()
@@ -87,6 +89,24 @@ class Engine:
             if id in self._rows:
                 self._aborted[id] = reason
                 self._wake.notify()
+
+    def load_adapter(self, name: str, folder: str) -> None:
+        """A PEFT folder, for requests whose ``adapter`` is ``name``. Raises InputError."""
+        weights = adapters.read(folder, self.model.config, rank=self.options.max_lora_rank)
+        with self._wake:
+            busy = {row.adapter for row in self._rows.values()}
+            slot = self._adapters.free_slot(name, busy)
+            self._runner.put_adapter(slot, weights)
+            self._adapters.add(name, slot)
+
+    def unload_adapter(self, name: str) -> None:
+        """New requests for it are refused; those that run end as they began."""
+        with self._wake:
+            self._adapters.remove(name)
+
+    @property
+    def adapters(self) -> list[str]:
+        return self._adapters.names
 
     def stats(self) -> Stats:
         with self._wake:
@@ -103,6 +123,8 @@ class Engine:
                 preemptions=self._counts["preemptions"],
                 compilations_after_ready=self._compiled,
                 step_seconds=self._step_seconds,
+                guessed_tokens=self._counts["guessed"],
+                right_tokens=self._counts["right"],
             )
 
     def drain(self, seconds: float) -> bool:
@@ -237,12 +259,21 @@ class Engine:
     def _decode(self, ready: list[Row], pending: bool) -> None:
         o = self.options
         limit = o.short_window if pending else o.window
-        if any(row.request.grammar is not None for row in ready):
+        # A first token is waited for; a grammar must see each token before the next one.
+        if any(not row.started or row.request.grammar is not None for row in ready):
             limit = 1
         limit = min(limit, max(row.left for row in ready))
+        guesses = None if pending else self._guess(ready)
+        if guesses is not None:
+            limit = o.speculate + 1
         ready = self._grow(ready, limit)
         began = time.monotonic()
-        window = self._runner.decode(ready, limit)
+        if guesses is None:
+            window = self._runner.decode(ready, limit)
+        else:
+            window = self._runner.verify(ready, [guesses[row] for row in ready])
+            self._counts["guessed"] += sum(map(len, guesses.values()))
+            self._counts["right"] += int((window.tokens[1:, : len(ready)] >= 0).sum())
         self._step_seconds = time.monotonic() - began
         for column, row in enumerate(ready):
             before = len(row.tokens)
@@ -259,6 +290,14 @@ class Engine:
             else:
                 self._publish(row)
                 self._say(row, output)
+
+    def _guess(self, ready: list[Row]) -> dict[Row, list[int]] | None:
+        """Guesses for the rows, where half of them have any."""
+        o = self.options
+        if not o.speculate or len(ready) > o.speculate_rows:
+            return None
+        guesses = {row: row.guess(o.speculate) if row.free else [] for row in ready}
+        return guesses if 2 * sum(map(bool, guesses.values())) >= len(ready) else None
 
     def _grow(self, ready: list[Row], steps_ahead: int) -> list[Row]:
         """Gives every row the pages of its next steps. Where there are none left, the row that came
@@ -336,8 +375,7 @@ class Engine:
         ):
             if bad := [i for i in ids if not 0 <= i < size]:
                 raise InputError(f"{name}: token id {bad[0]}; the model has 0 to {size - 1}")
-        if request.adapter is not None:
-            raise InputError(f"there is no adapter {request.adapter!r}")
+        self._adapters.check(request.adapter)
 
     def _retry_after(self) -> int:
         return max(1, round(len(self._waiting) / self.options.max_batch * 10 * self._step_seconds))

@@ -185,6 +185,19 @@ class DetokenizeRequest(_Body):
     tokens: list[int]
 
 
+class LoadAdapterRequest(_Body):
+    """vLLM's: ``lora_path`` is a PEFT folder in the server's ``--adapters_dir``."""
+
+    model: None = None
+    lora_name: str
+    lora_path: str
+
+
+class UnloadAdapterRequest(_Body):
+    model: None = None
+    lora_name: str
+
+
 @dataclass(frozen=True)
 class Refused:
     """A parameter that can't act: the values that ask for nothing, and why it is refused."""

@@ -153,3 +153,5 @@ class Stats:
     preemptions: int
     compilations_after_ready: int
     step_seconds: float  # of the newest window of steps
+    guessed_tokens: int = 0  # by speculation
+    right_tokens: int = 0  # of them

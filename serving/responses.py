@@ -22,7 +22,14 @@ async def whole(request: Any, answer: Answer, text: Completions) -> Body:
     shown = [(parts[i], choice.finish_reason) for i, choice in _best(request, answer)]
     body = _head(request, chunk=False)
     body["choices"] = [
-        _choice(request, number, _joined(number, deltas, reason), Offsets(text), text, chunk=False)
+        _choice(
+            request,
+            number,
+            _joined(number, deltas, reason),
+            _offsets(request, text),
+            text,
+            chunk=False,
+        )
         for number, (deltas, reason) in enumerate(shown)
     ]
     return body | {"usage": answer.usage}
@@ -33,7 +40,7 @@ async def chunks(request: Any, answer: Answer, text: Completions) -> AsyncIterat
     head = _head(request, chunk=True)
     usage = bool(request.stream_options and request.stream_options.include_usage)
     head |= {"usage": None} if usage else {}
-    offsets = [Offsets(text) for _ in answer.choices]
+    offsets = [_offsets(request, text) for _ in answer.choices]
     if isinstance(request, ChatRequest):
         for number in range(len(answer.choices)):
             first = {"role": "assistant", "content": ""}
@@ -43,6 +50,10 @@ async def chunks(request: Any, answer: Answer, text: Completions) -> AsyncIterat
         yield head | {"choices": [choice]}
     if usage:
         yield head | {"choices": [], "usage": answer.usage}
+
+
+def _offsets(request: Any, text: Completions) -> Offsets:
+    return Offsets(text, echo=bool(getattr(request, "echo", None)))
 
 
 def _head(request: Any, *, chunk: bool) -> Body:
@@ -132,8 +143,9 @@ class Offsets:
     """The log-probabilities of a completion; where each token begins in the text goes on from one
     piece of a stream to the next."""
 
-    def __init__(self, text: Completions):
+    def __init__(self, text: Completions, *, echo: bool):
         self._text, self._at = text, 0
+        self._strips = echo and text.bytes.strips  # the space that begins a text
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def logprobs(self, tokens: list[Token]) -> Body:
@@ -162,5 +174,8 @@ class Offsets:
 
     def _offset(self, id: int) -> int:
         at, special = self._at, self._text.bytes.special
-        self._at += len(self._utf8.decode(b"" if id in special else self._text.piece(id)))
+        data = b"" if id in special else self._text.piece(id)
+        if self._strips and data:
+            self._strips, data = False, data.removeprefix(b" ")
+        self._at += len(self._utf8.decode(data))
         return at

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,6 +23,8 @@ class Row:
     on_output: OnOutput
     stop_ids: tuple[int, ...]
     tokens: list[int]
+    adapter: int = 0  # its slot
+    salt: Hashable = ("adapter", 0)  # keys and values of an adapter are its own
     slot: int = -1
     pages: list[Page] = field(default_factory=list)
     published: int = 0  # pages from the start
@@ -29,10 +32,6 @@ class Row:
     cached_tokens: int = 0
     prompt_logprobs: list[Logprob | None] | None = None
     started: bool = False  # something has come out
-
-    @property
-    def salt(self):
-        return self.request.adapter
 
     @property
     def generated(self) -> int:
@@ -47,6 +46,23 @@ class Row:
         s = self.request.sampling
         return (s.repetition_penalty, s.presence_penalty, s.frequency_penalty) != (1.0, 0.0, 0.0)
 
+    @property
+    def free(self) -> bool:
+        """Whether nothing but the model decides its next tokens, so that they can be guessed."""
+        s = self.request.sampling
+        ruled = self.penalised or s.logit_bias or self.request.grammar is not None
+        return not ruled and self.generated >= s.min_tokens
+
+    def guess(self, count: int) -> list[int]:
+        """``count`` tokens at most that may come next: those after the newest earlier place with
+        the same last tokens (prompt look-up decoding; Saxena, 2023)."""
+        for n in (3, 2):
+            end = self.tokens[-n:]
+            for at in range(len(self.tokens) - n - 1, -1, -1):
+                if self.tokens[at : at + n] == end:
+                    return self.tokens[at + n : at + n + count]
+        return []
+
     def pack(self, into: np.ndarray) -> None:
         """Its line of ``steps.pack_rows``."""
         s = self.request.sampling
@@ -60,6 +76,7 @@ class Row:
             "seed": np.uint32(s.seed).view(np.int32),
             "top_k": min(s.top_k, 2**31 - 1),
             "logprobs": s.logprobs is not None,
+            "adapter": self.adapter,
         }
         floats = {
             "temperature": s.temperature,

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llmzoo_jax import lora
 from llmzoo_jax.errors import InputError
 from llmzoo_jax.inference import Model
-from serving import steps
+from serving import adapters, steps
 from serving.rows import Row
 
 
@@ -22,7 +23,10 @@ class EngineOptions:
     cache holds, of all requests (0: a quarter of ``max_batch * context``, and one request at
     least). ``prefill_tokens``: of prompts, in one call. ``window``: steps in one call, and while
     prompts wait to be filled ``short_window``. ``kv_dtype``: "model" or "int8". ``deterministic``:
-    the same shapes whatever runs, so that a request's logits are the same to the last bit."""
+    the same shapes whatever runs, so that a request's logits are the same to the last bit.
+    ``speculate``: tokens that are guessed from what was said before, and verified in one step,
+    while at most ``speculate_rows`` requests run. ``max_adapters`` LoRA adapters of up to
+    ``max_lora_rank`` can be loaded at a time."""
 
     max_batch: int = 64
     context: int = 2048
@@ -35,6 +39,10 @@ class EngineOptions:
     kv_dtype: str = "model"
     prefix_cache: bool = True
     deterministic: bool = False
+    speculate: int = 0
+    speculate_rows: int = 4
+    max_adapters: int = 0
+    max_lora_rank: int = 64
 
     def __post_init__(self):
         for name in (
@@ -54,6 +62,10 @@ class EngineOptions:
                 f"prefill_tokens={self.prefill_tokens} must be a multiple of page_size="
                 f"{self.page_size}"
             )
+        if not 0 <= self.speculate < self.page_size:
+            raise InputError(f"speculate={self.speculate}: must be below page_size")
+        if self.speculate and self.deterministic:
+            raise InputError("speculate: shapes change, so there is no deterministic mode with it")
         if self.kv_dtype not in ("model", "int8"):
             raise InputError(f"kv_dtype={self.kv_dtype!r}: must be model or int8")
 
@@ -73,7 +85,12 @@ class Runner:
     def __init__(self, model: Model, options: EngineOptions):
         self.options = o = options
         self.config = model.config
-        self._leaves, treedef = jax.tree.flatten(model.params)
+        params = model.params
+        if o.max_adapters:
+            params = adapters.attach(
+                params, adapters=o.max_adapters, rank=o.max_lora_rank, dtype=model.dtype
+            )
+        self._leaves, treedef = jax.tree.flatten(params)
         self._static = {"treedef": treedef, "dtype": model.dtype}
         self._sizes = _sizes(o.max_batch, only_largest=o.deterministic)
         self._blocks = _sizes(o.prefill_tokens // o.page_size, only_largest=o.deterministic)
@@ -96,17 +113,17 @@ class Runner:
     def fill(self, todo: Sequence[tuple[Row, int]], scored: bool) -> None:
         size, o = self.options.page_size, self.options
         R = next(n for n in self._blocks if n >= len(todo))
-        blocks = np.zeros((R, 1 + 2 * size + o.pages_a_row + 1), np.int32)
+        blocks = np.zeros((R, 2 + 2 * size + o.pages_a_row + 1), np.int32)
         tables = []
         for block, (row, n) in zip(blocks, todo, strict=False):
             start = n * size
             part = row.tokens[start : min(start + size, len(row.tokens) - 1)]
             after = row.tokens[start + 1 : start + 1 + size]
-            block[0] = start
-            block[1 : 1 + len(part)] = part
-            block[1 + size : 1 + size + len(after)] = after
+            block[:2] = row.adapter, start
+            block[2 : 2 + len(part)] = part
+            block[2 + size : 2 + size + len(after)] = after
             numbers = [page.number for page in row.pages[: n + 1]]
-            block[1 + 2 * size : 1 + 2 * size + len(numbers)] = numbers
+            block[2 + 2 * size : 2 + 2 * size + len(numbers)] = numbers
             tables.append(numbers)
         work = self._pair_up(tables, R)
         self.state, scores = steps.prefill(
@@ -121,10 +138,7 @@ class Runner:
         """Up to ``limit`` steps of ``rows``, whose pages have room for them; arrays of NumPy."""
         o = self.options
         B = next(n for n in self._sizes if n >= len(rows))
-        packed = steps.pack_rows(B, o.pages_a_row + 1)
-        for line, row in zip(packed, rows, strict=False):
-            row.pack(line)
-        work = self._pair_up([[page.number for page in row.pages] for row in rows], B)
+        packed, work = self._pack(rows, B)
         self.state, window = steps.decode(
             self._leaves, self.state, packed, work, self._extras(rows, B), np.int32(limit),
             window=o.window, **self._static,
@@ -133,12 +147,36 @@ class Runner:
             return steps.Window(*map(np.asarray, window))
         return window._replace(tokens=np.asarray(window.tokens))
 
+    def verify(self, rows: Sequence[Row], guesses: Sequence[Sequence[int]]) -> steps.Window:
+        """One step of ``rows`` over what was guessed of each."""
+        o = self.options
+        B = next(n for n in self._sizes if n >= len(rows))
+        packed, work = self._pack(rows, B)
+        drafts = np.full((B, o.speculate), -1, np.int32)
+        for line, guess in zip(drafts, guesses, strict=False):
+            line[: len(guess)] = guess
+        self.state, window = steps.verify(
+            self._leaves, self.state, packed, work, self._extras(rows, B), drafts, **self._static
+        )
+        return steps.Window(*map(np.asarray, window))
+
+    def _pack(self, rows: Sequence[Row], B: int) -> tuple[np.ndarray, steps.Work]:
+        packed = steps.pack_rows(B, self.options.pages_a_row + 1)
+        for line, row in zip(packed, rows, strict=False):
+            row.pack(line)
+        return packed, self._pair_up([[page.number for page in row.pages] for row in rows], B)
+
     def set_counts(self, row: Row) -> None:
         V, n = self.config.vocab_size, len(row.request.prompt)
         in_prompt = np.zeros(V, bool)
         in_prompt[row.tokens[:n]] = True
         counts = np.bincount(np.asarray(row.tokens[n:], np.int64), minlength=V).astype(np.int16)
         self.state = steps.set_counts(self.state, np.int32(row.slot), in_prompt, counts)
+
+    def put_adapter(self, slot: int, weights: lora.Adapters) -> None:
+        """Writes an adapter into a slot that no row has; from any thread."""
+        model = jax.tree.unflatten(self._static["treedef"], self._leaves)
+        self._leaves = jax.tree.leaves(adapters.put(model, slot, weights))
 
     def warm_up(self) -> None:
         """Compiles every program, two at a time, then runs each once on rows that are not there."""
@@ -152,8 +190,11 @@ class Runner:
                  np.int32(1)),
                 {"window": o.window, **self._static},
             ))  # fmt: skip
+            if o.speculate and o.speculate_rows >= B:
+                drafts = np.full((B, o.speculate), -1, np.int32)
+                calls.append((steps.verify, (*calls[-1][1][:3], drafts), self._static))
         for R in self._blocks:
-            blocks = np.zeros((R, 1 + 2 * S + o.pages_a_row + 1), np.int32)
+            blocks = np.zeros((R, 2 + 2 * S + o.pages_a_row + 1), np.int32)
             for scored in (False, True):
                 calls.append((
                     steps.prefill, (blocks, self._pair_up([], R)),

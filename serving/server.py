@@ -124,6 +124,7 @@ def read_keys(path: str) -> tuple[str, ...]:
 
 
 def with_page(server: Server, options: Options, title: str) -> Server:
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before Gradio reads it
     try:
         from serving import ui  # here: the API needs no Gradio
     except ImportError as error:
@@ -131,10 +132,19 @@ def with_page(server: Server, options: Options, title: str) -> Server:
     return dataclasses.replace(server, app=ui.beside(server, options, title))
 
 
+def read_adapter(item: str) -> tuple[str, str]:
+    name, equals, folder = item.partition("=")
+    if not (name and equals and folder):
+        raise InputError(f"--adapters={item}: write NAME=FOLDER, several with commas")
+    return name, folder
+
+
 def main(_) -> None:
     http.start_log()
     keys = read_keys(API_KEYS_FILE.value)
-    model = llmzoo_jax.load(MODEL.value, dtype=DTYPE.value)
+    model = llmzoo_jax.load(MODEL.value, dtype=DTYPE.value, weights=WEIGHTS.value)
+    at_start = dict(read_adapter(item) for item in ADAPTERS.value)
+    more = MAX_ADAPTERS.value if ADAPTERS_DIR.value else 0
     if model.tokenizer is None:
         raise InputError(f"--model={MODEL.value}: it has no tokenizer, so no text can be served")
     context = CONTEXT.value or min(model.context or EngineOptions.context, EngineOptions.context)
@@ -147,16 +157,22 @@ def main(_) -> None:
             cache_tokens=CACHE_TOKENS.value,
             kv_dtype=KV_DTYPE.value,
             deterministic=DETERMINISTIC.value,
+            max_adapters=max(len(at_start), more),
+            max_lora_rank=MAX_LORA_RANK.value,
+            speculate=SPECULATE.value,
         ),
     )
     name = NAME.value or Path(MODEL.value).resolve().name
+    for adapter, folder in at_start.items():
+        engine.load_adapter(adapter, folder)
     options = Options(
-        names={name: None},
+        names={name: None} | {adapter: adapter for adapter in at_start},
         context=context,
         timeout=TIMEOUT.value,
         max_body=int(MAX_BODY_MB.value * 1e6),
         api_keys=keys,
         log_text=LOG_TEXT.value,
+        adapters_dir=ADAPTERS_DIR.value,
     )
     server = make_server(model, engine, options)
     if UI.value:
@@ -184,6 +200,24 @@ if __name__ == "__main__":
     HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen at; 0.0.0.0: all.")
     PORT = flags.DEFINE_integer("port", 8000, "Port to listen at.", 0, 65535)
     DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "To compute in.")
+    WEIGHTS = flags.DEFINE_enum(
+        "weights", "dtype", ["dtype", "int8", "nf4"], "Of the projections; int8 and nf4 (4 bits) "
+        "take less memory and, on a CPU, more time.",
+    )  # fmt: skip
+    SPECULATE = flags.DEFINE_integer(
+        "speculate", 0, "Guess so many tokens from what was said before, while few requests run: "
+        "the same tokens, faster where answers repeat the prompt.", 0,
+    )  # fmt: skip
+    ADAPTERS = flags.DEFINE_list(
+        "adapters", [], "LoRA adapters in PEFT's format, NAME=FOLDER; clients ask for model NAME."
+    )
+    ADAPTERS_DIR = flags.DEFINE_string(
+        "adapters_dir", "", "Clients may load adapters of this folder: /v1/load_lora_adapter."
+    )
+    MAX_ADAPTERS = flags.DEFINE_integer(
+        "max_adapters", 8, "So many at a time, with --adapters_dir.", 1
+    )
+    MAX_LORA_RANK = flags.DEFINE_integer("max_lora_rank", 64, "Of any adapter.", 1)
     CONTEXT = flags.DEFINE_integer(
         "context", 0, "Tokens of a prompt and its answer; 0: the model's positions, up to "
         f"{EngineOptions.context}.", 0,

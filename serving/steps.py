@@ -1,6 +1,7 @@
-"""The two programs that an engine runs on the device: prefill pages, and decode a window of steps.
+"""The programs that an engine runs on the device: prefill pages, decode a window of steps, or
+verify guesses.
 
-Both get all they need of their rows with each call, as one small array, and change nothing but the
+They get all they need of their rows with each call, as one small array, and change nothing but the
 cache and the counts for penalties, in place. Their shapes depend on the number of rows alone, of
 which there are a few sizes, so all are compiled before the first request.
 """
@@ -8,7 +9,7 @@ which there are a few sizes, so all are compiled before the first request.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,10 +20,14 @@ from llmzoo_jax import models
 from llmzoo_jax.models import KVCache
 from llmzoo_jax.models.paged_attention import PageView, init_pages
 from llmzoo_jax.sampling import Params, Penalties, choose, penalise
+from serving import adapters
 from serving.requests import MAX_BIAS, MAX_LOGPROBS, MAX_STOP_IDS
 
 OWN_STOP_IDS = 8  # of a model, besides those of a request
-INTS = ("last", "position", "slot", "active", "left", "min_left", "seed", "top_k", "logprobs")
+INTS = (
+    "last", "position", "slot", "adapter", "active", "left", "min_left", "seed", "top_k",
+    "logprobs",
+)  # fmt: skip
 FLOATS = (
     "temperature", "top_p", "min_p", "repetition", "presence", "frequency",
 )  # fmt: skip
@@ -127,20 +132,100 @@ def decode(
 ) -> tuple[State, Window]:
     """Up to ``limit`` steps (at most ``window``) of ``rows[B,fields]``, until all have ended."""
     model = jax.tree.unflatten(treedef, leaves)
+    c = _controls(rows, extras, model.config.vocab_size)
+    row, B = c.row, len(rows)
+    adapters.select(model, row["adapter"])
+
+    def step(carry):
+        i, last, position, active, state, out = carry
+        view = PageView(position[:, None], c.tables, *work)
+        x, cache = model.hidden(
+            last[:, None], view, position[:, None], kv_cache=state.cache, dtype=jnp.dtype(dtype)
+        )
+        raw = model.logits(x[:, 0])  # [B,V]
+        token = choose(c.constrain(raw, state, i), position + 1, c.params)
+        new = (jnp.where(active, token, -1), *_logprobs_if_asked(raw, token, row))
+        out = Window(*(old.at[i].set(x) for old, x in zip(out, new, strict=True)))
+        counts = c.count(state.counts, token, active)
+        stopped = (token[:, None] == c.stops).any(-1) | (i + 1 >= row["left"])
+        # A row that has ended stays where it is, and what it writes there is overwritten.
+        return (
+            i + 1,
+            jnp.where(active, token, last),
+            jnp.where(active, position + 1, position),
+            active & ~stopped,
+            State(cache, counts, state.in_prompt),
+            out,
+        )
+
+    out = Window(
+        jnp.full((window, B), -1, jnp.int32),
+        jnp.zeros((window, B)),
+        jnp.zeros((window, B, MAX_LOGPROBS), jnp.int32),
+        jnp.zeros((window, B, MAX_LOGPROBS)),
+    )
+    start = (jnp.int32(0), row["last"], row["position"], row["active"] > 0, state, out)
+    *_, state, out = jax.lax.while_loop(lambda x: (x[0] < limit) & x[3].any(), step, start)
+    return state, out
+
+
+@functools.partial(jax.jit, static_argnames=("treedef", "dtype"), donate_argnames=("state",))
+def verify(
+    leaves, state: State, rows, work: Work, extras: Extras, drafts, *, treedef, dtype
+) -> tuple[State, Window]:
+    """One step of ``rows`` over their last token and ``drafts[B,k]``, guesses of the next ones (-1:
+    none). A row gets the tokens that it would have got one by one: each place draws with its own
+    key, and what follows a wrong guess is -1. A row with a guess has no penalties, bias or grammar,
+    and is past its ``min_tokens``."""
+    model = jax.tree.unflatten(treedef, leaves)
+    c = _controls(rows, extras, model.config.vocab_size)
+    row, (B, k) = c.row, drafts.shape
+    adapters.select(model, row["adapter"])
+    tokens = jnp.concatenate([row["last"][:, None], jnp.maximum(drafts, 0)], axis=1)  # [B,1+k]
+    positions = row["position"][:, None] + jnp.arange(k + 1)
+    view = PageView(positions, c.tables, *work)
+    x, cache = model.hidden(tokens, view, positions, kv_cache=state.cache, dtype=jnp.dtype(dtype))
+    raw = model.logits(x)  # [B,1+k,V]
+    logits = raw.at[:, 0].set(c.constrain(raw[:, 0], state, 0))
+    params = Params(*(jnp.repeat(p, k + 1) for p in c.params))
+    raw, logits = (y.reshape(B * (k + 1), -1) for y in (raw, logits))
+    chosen = choose(logits, positions.reshape(-1) + 1, params)
+    logprobs = _logprobs_if_asked(raw, chosen, row)
+    chosen = chosen.reshape(B, k + 1)
+    right = jnp.cumprod(drafts == chosen[:, :-1], axis=1)  # [B,k]
+    active = (row["active"] > 0)[:, None]
+    reached = jnp.concatenate([active, active & (right > 0)], axis=1)
+    counts = c.count(state.counts, chosen[:, 0], row["active"] > 0)
+    rest = (x.reshape(B, k + 1, *x.shape[1:]) for x in logprobs)
+    out = (jnp.where(reached, chosen, -1), *rest)
+    window = Window(*(jnp.swapaxes(x, 0, 1) for x in out))
+    return State(cache, counts, state.in_prompt), window
+
+
+class _Controls(NamedTuple):
+    """What rows ask for. ``constrain(logits[B,V], state, steps)``: penalties, bias, what a grammar
+    allows, no stop before ``min_tokens``. ``count(counts, token[B], active[B])``."""
+
+    row: dict[str, jax.Array]
+    stops: jax.Array
+    tables: jax.Array
+    params: Params
+    constrain: Callable
+    count: Callable
+
+
+def _controls(rows: jax.Array, extras: Extras, V: int) -> _Controls:
     row = _unpack(rows)
-    slot = row["slot"]
-    stops, tables = rows[:, STOPS], rows[:, STOPS.stop :]
-    B, V = len(rows), model.config.vocab_size
+    slot, stops = row["slot"], rows[:, STOPS]
     params = Params(
         row["temperature"], row["top_k"], row["top_p"], row["min_p"],
         jax.lax.bitcast_convert_type(row["seed"], jnp.uint32),
     )  # fmt: skip
     penalties = Penalties(row["repetition"], row["presence"], row["frequency"])
     penalised = (penalties.repetition != 1) | (penalties.presence != 0) | (penalties.frequency != 0)
-    everyone = jnp.arange(B)[:, None]
+    everyone = jnp.arange(len(rows))[:, None]
 
     def constrain(logits, state, generated):
-        """Penalties, bias, what a grammar allows, no stop before ``min_tokens``."""
         logits = jax.lax.cond(
             penalised.any(),
             lambda x: penalise(x, state.in_prompt[slot], state.counts[slot], penalties),
@@ -162,42 +247,10 @@ def decode(
             logits,
         )  # fmt: skip
 
-    def step(carry):
-        i, last, position, active, state, out = carry
-        view = PageView(position[:, None], tables, *work)
-        x, cache = model.hidden(
-            last[:, None], view, position[:, None], kv_cache=state.cache, dtype=jnp.dtype(dtype)
-        )
-        raw = model.logits(x[:, 0])  # [B,V]
-        token = choose(constrain(raw, state, i), position + 1, params)
-        logprobs = jax.lax.cond(
-            (row["logprobs"] > 0).any(), lambda: _logprobs(raw, token),
-            lambda: (jnp.zeros(B), jnp.zeros((B, MAX_LOGPROBS), jnp.int32),
-                     jnp.zeros((B, MAX_LOGPROBS))),
-        )  # fmt: skip
-        new = (jnp.where(active, token, -1), *logprobs)
-        out = Window(*(old.at[i].set(x) for old, x in zip(out, new, strict=True)))
-        counts = state.counts.at[slot, token].add((active & penalised).astype(jnp.int16))
-        stopped = (token[:, None] == stops).any(-1) | (i + 1 >= row["left"])
-        # A row that has ended stays where it is, and what it writes there is overwritten.
-        return (
-            i + 1,
-            jnp.where(active, token, last),
-            jnp.where(active, position + 1, position),
-            active & ~stopped,
-            State(cache, counts, state.in_prompt),
-            out,
-        )
+    def count(counts, token, active):
+        return counts.at[slot, token].add((active & penalised).astype(counts.dtype))
 
-    out = Window(
-        jnp.full((window, B), -1, jnp.int32),
-        jnp.zeros((window, B)),
-        jnp.zeros((window, B, MAX_LOGPROBS), jnp.int32),
-        jnp.zeros((window, B, MAX_LOGPROBS)),
-    )
-    start = (jnp.int32(0), row["last"], row["position"], row["active"] > 0, state, out)
-    *_, state, out = jax.lax.while_loop(lambda c: (c[0] < limit) & c[3].any(), step, start)
-    return state, out
+    return _Controls(row, stops, rows[:, STOPS.stop :], params, constrain, count)
 
 
 class Scores(NamedTuple):
@@ -214,14 +267,15 @@ class Scores(NamedTuple):
 def prefill(
     leaves, state: State, blocks, work: Work, *, treedef, scored: bool, dtype
 ) -> tuple[State, Scores | None]:
-    """Fills whole pages. ``blocks`` int32 ``[R, 1 + 2 * S + M]``: the position at which each page
-    starts, its tokens, the tokens after those (for ``scored``), its row's pages."""
+    """Fills whole pages. ``blocks`` int32 ``[R, 2 + 2 * S + M]``: the adapter of each page, the
+    position at which it starts, its tokens, those after them (for ``scored``), its row's pages."""
     model = jax.tree.unflatten(treedef, leaves)
     S = state.cache.k[0].values.shape[2]
     R = len(blocks)
-    positions = blocks[:, :1] + jnp.arange(S)  # [R,S]
-    tokens, targets = blocks[:, 1 : 1 + S], blocks[:, 1 + S : 1 + 2 * S]
-    view = PageView(positions, blocks[:, 1 + 2 * S :], *work)
+    adapters.select(model, blocks[:, 0])
+    positions = blocks[:, 1:2] + jnp.arange(S)  # [R,S]
+    tokens, targets = blocks[:, 2 : 2 + S], blocks[:, 2 + S : 2 + 2 * S]
+    view = PageView(positions, blocks[:, 2 + 2 * S :], *work)
     x, cache = model.hidden(tokens, view, positions, kv_cache=state.cache, dtype=jnp.dtype(dtype))
     state = State(cache, state.counts, state.in_prompt)
     if not scored:
@@ -239,6 +293,15 @@ def set_counts(state: State, slot, in_prompt, counts) -> State:
         state.counts.at[slot].set(counts),
         state.in_prompt.at[slot].set(in_prompt),
     )
+
+
+def _logprobs_if_asked(logits: jax.Array, tokens: jax.Array, row: dict[str, jax.Array]):
+    n = len(tokens)
+    return jax.lax.cond(
+        (row["logprobs"] > 0).any(), lambda: _logprobs(logits, tokens),
+        lambda: (jnp.zeros(n), jnp.zeros((n, MAX_LOGPROBS), jnp.int32),
+                 jnp.zeros((n, MAX_LOGPROBS))),
+    )  # fmt: skip
 
 
 def _logprobs(logits: jax.Array, tokens: jax.Array):

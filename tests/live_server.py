@@ -61,7 +61,7 @@ class Live:
 def live(model, engine, *, around=lambda server, options: server.app, **options):
     """``options`` are those of ``serving.app.Options`` that differ from DEFAULTS; ``around`` gives
     the app that is served."""
-    options = dataclasses.replace(DEFAULTS, **options)
+    options = dataclasses.replace(DEFAULTS, **({"names": dict(DEFAULTS.names)} | options))
     server = make_server(model, engine, options)
     engine.start()
     server.state.ready = True

@@ -33,7 +33,7 @@ def chain(values):
     return text
 
 
-def says(first=0.0):
+def says(first=0.0, quality=quality):
     def content(body, fate):
         values = [quality(text) for text in answers_of(body)]
         values = [value + first * (i == 0) for i, value in enumerate(values)]
@@ -70,8 +70,8 @@ def moody(body, times):
     return dict(enumerate(CONTENT, len(HTTP))).get(number, "good")
 
 
-def stand_in(fate=None, *, first=0.0, **options):
-    return FakeEndpoint(fate or (lambda body, times: "good"), says=says(first), **options)
+def stand_in(fate=None, *, first=0.0, quality=quality, **options):
+    return FakeEndpoint(fate or (lambda body, times: "good"), says=says(first, quality), **options)
 
 
 # --- questions and answers to judge -------------------------------------------------------------

@@ -26,6 +26,7 @@ OPTIONS = {
     "one page a prompt": dataclasses.replace(SMALL, page_size=64, prefill_tokens=64, window=1,
                                              short_window=1, cache_tokens=0),
     "no shared prefixes": dataclasses.replace(SMALL, prefix_cache=False, page_size=4, window=8),
+    "speculative": dataclasses.replace(SMALL, speculate=3, max_batch=2, cache_tokens=0),
     "deterministic": dataclasses.replace(SMALL, deterministic=True, max_batch=3),
 }  # fmt: skip
 
@@ -92,12 +93,12 @@ class Answer:
         return [x for output in self.outputs for x in output.logprobs or []]
 
 
-def ask(engine, prompt, *, grammar=None, deadline=None, **sampling):
+def ask(engine, prompt, *, grammar=None, deadline=None, adapter=None, **sampling):
     answer = Answer()
     options = {"temperature": 0.0, "max_tokens": 12} | sampling
     request = Request(
         id=str(next(_ids)), prompt=prompt, sampling=Sampling(**options), grammar=grammar,
-        deadline=deadline,
+        deadline=deadline, adapter=adapter,
     )  # fmt: skip
     answer.id = request.id
     engine.submit(request, answer)
@@ -191,6 +192,8 @@ def test_tokens_are_the_same_among_any_others_whatever_the_engine(case, name):
     if name == "small":
         assert engine.stats().preemptions > 0
         assert engine.stats().cached_tokens > 0
+    if name == "speculative":
+        assert 0 < engine.stats().right_tokens < engine.stats().guessed_tokens
 
 
 @pytest.mark.slow
@@ -306,6 +309,23 @@ def test_a_repeated_prompt_is_in_the_cache():
     assert again.outputs[0].cached_tokens == 32
 
 
+def test_a_repeated_text_takes_fewer_steps_when_it_is_guessed(monkeypatch):
+    engine = use(LLAMA, "speculative")
+    verify, calls = engine._runner.verify, []
+    monkeypatch.setattr(engine._runner, "verify", lambda *a: calls.append(1) or verify(*a))
+    before = engine.stats().right_tokens
+    prompt = [5, 6, 7, 8] * 8
+    answer = ask(engine, prompt, max_tokens=30, logprobs=0)
+    assert answer.tokens == ask(use(LLAMA), prompt, max_tokens=30).tokens
+    right = engine.stats().right_tokens - before
+    assert right == len(answer.tokens) - len(calls) or right > len(answer.tokens) - len(calls) - 4
+    logits = engine.model.logits([prompt + answer.tokens])[0].astype(np.float64)
+    want = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    for i, row in enumerate(answer.logprobs):
+        place = len(prompt) + i
+        assert abs(row.logprob - want[place - 1, answer.tokens[i]]) < 1e-4
+
+
 def test_int8_keys_and_values_are_close_to_exact_ones():
     engine = Engine(model_of(LLAMA), dataclasses.replace(SMALL, kv_dtype="int8", max_batch=1))
     engine.start()
@@ -412,7 +432,7 @@ def test_a_caller_that_fails_disturbs_nobody():
 @pytest.mark.parametrize(
     ("name", "value"),
     [("max_batch", 0), ("kv_dtype", "int3"), ("prefill_tokens", 12), ("short_window", 99),
-     ("context", 999)],
+     ("context", 999), ("speculate", 8)],
 )  # fmt: skip
 def test_an_option_out_of_range_is_named(name, value):
     with pytest.raises(InputError, match=name):

@@ -4,12 +4,14 @@ import http.client
 import json
 import logging
 import socket
+import threading
 import time
 
 import openai
 import pytest
 
 import llmzoo_jax
+from serving import app
 from tests.fake_engine import FakeEngine
 from tests.live_server import NAME, live, until
 from tests.test_text_stream import SCRIPTS, tokens_of
@@ -152,6 +154,20 @@ def test_other_paths_and_methods_are_errors_in_the_same_form(serve):
 # --- too many, too long, gone -------------------------------------------------------------------
 
 
+def test_prompts_of_one_request_have_seeds_as_if_they_came_alone(serve):
+    server = serve()
+
+    def seeds(**options):
+        before = len(server.engine.seen)
+        body = {"model": NAME, "prompt": ["a", "a", "b"], "n": 2, "max_tokens": 2}
+        assert server.post("/v1/completions", body | options)[0] == 200
+        return [request.sampling.seed for request in server.engine.seen[before:]]
+
+    assert seeds(seed=5) == [5, 6, 5, 6, 5, 6]
+    assert seeds(seed=-1) == [2**32 - 1, 0] * 3
+    assert len({*seeds(), *seeds()}) == 12
+
+
 def test_a_full_queue_is_a_429_that_says_when_to_come_back(serve):
     server = serve(places=2, delay=0.05)
     connections = [slow_stream(server) for _ in range(2)]
@@ -166,6 +182,33 @@ def test_a_full_queue_is_a_429_that_says_when_to_come_back(serve):
     until(lambda: len(server.engine.live) == 1)
     assert server.post(PATH, CHAT)[0] == 200
     connections.pop()[0].close()
+
+
+def test_too_many_embeddings_are_a_429(serve, monkeypatch):
+    server, go = serve(), threading.Event()
+    usual = type(server.model).embed
+
+    def slow(model, rows):
+        go.wait(20)
+        return usual(model, rows)
+
+    monkeypatch.setattr(type(server.model), "embed", slow)
+    monkeypatch.setattr(app, "MAX_EMBEDDING", 2)
+    body, results = {"model": NAME, "input": "Hi"}, []
+
+    def ask():
+        results.append(server.post("/v1/embeddings", body)[0])
+
+    threads = [threading.Thread(target=ask) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    until(lambda: results)
+    assert server.post(PATH, CHAT)[0] == 200  # who wants an answer waits for none of them
+    go.set()
+    for thread in threads:
+        thread.join(20)
+    assert sorted(results) == [200, 200, 429]
+    assert server.post("/v1/embeddings", body)[0] == 200
 
 
 def test_a_client_that_goes_frees_its_place(serve):

@@ -308,3 +308,8 @@ def test_a_prompt_that_does_not_fit_is_an_error_and_never_cut(server):
     assert ask(server, CompletionRequest, prompt=[5] * 250, max_tokens=6).status == 200
     cut = ask(server, CompletionRequest, prompt=[*range(5, 305)], truncate_prompt_tokens=9)
     assert cut.asked[0].prompt == [*range(296, 305)]
+
+
+def test_an_adapter_has_no_embeddings_of_its_own(server):
+    refused = ask(server, EmbeddingRequest, model="adapted")
+    assert (refused.status, refused.body["error"]["param"]) == (400, "model")

@@ -77,6 +77,24 @@ def test_prose_that_calls_all_equal_is_read(text):
         ("Assistant 2 is more relevant than Assistant 1.", Reading((2, 1), "comparison")),
         ("Assistant 2 is slightly less coherent than Assistant 1.", Reading((1, 2), "comparison")),
         ("Both assistants are equally diverse.", Reading((1, 1), "all equal")),
+        (
+            "One has more numbers. Therefore, the diversity of the two assistants is equal (=).",
+            Reading((1, 1), "all equal"),
+        ),
+        (
+            "However, both are fine. Therefore, the coherence of both responses is equal (=).",
+            Reading((1, 1), "all equal"),
+        ),
+        (
+            "Assistant 1 is fair, while Assistant 2 is more diverse than Assistant 1 overall."
+            " While both are of value, Assistant 2 has more to suggest.",
+            Reading((2, 1), "comparison"),
+        ),
+        (
+            "Assistant 2 may be slightly more diverse than Assistant 1.\n\nTherefore, the order is:"
+            " Assistant 1 =< Assistant 2.",
+            Reading((2, 1), "chain"),
+        ),
     ],
 )
 def test_two_are_compared_in_words_and_signs(text, reading):

@@ -24,7 +24,7 @@ TALK = [
     {"role": "user", "content": "你是谁？"},
 ]
 SMALL = EngineOptions(
-    context=256, max_batch=4, page_size=16, prefill_tokens=32, window=4, cache_tokens=1024,
+    context=256, max_batch=4, page_size=16, prefill_tokens=32, window=4, cache_tokens=640,
     max_waiting=64, deterministic=True,
 )  # fmt: skip
 
@@ -105,13 +105,13 @@ def test_completions_say_what_the_model_says(server):
     assert [choice.text for choice in echoed] == [a + b for a, b in zip(prompts, want, strict=True)]
 
 
-def test_echoed_logprobs_are_the_models(server):
+def test_echoed_logprobs_are_the_models(each):
     """As lm-evaluation-harness asks for them: token ids, and one token or none more."""
-    ids = server.model.tokenizer("The quick brown fox").input_ids
-    logprobs = jax.nn.log_softmax(server.model.logits([ids])[0])
+    ids = each.model.tokenizer("The quick brown fox").input_ids
+    logprobs = jax.nn.log_softmax(each.model.logits([ids])[0])
     want = [logprobs[i - 1, token] for i, token in enumerate(ids)][1:]
     for more in (0, 1):
-        choice = server.client().completions.create(
+        choice = each.client().completions.create(
             model=NAME, prompt=ids, echo=True, logprobs=2, max_tokens=more, temperature=0
         ).choices[0]  # fmt: skip
         got = choice.logprobs
@@ -121,6 +121,9 @@ def test_echoed_logprobs_are_the_models(server):
         for i, top in enumerate(got.top_logprobs[1 : len(ids)]):
             assert np.isclose(max(top.values()), logprobs[i].max(), atol=1e-4)
             assert got.token_logprobs[i + 1] in top.values()
+        for at, name in zip(got.text_offset, got.tokens, strict=True):
+            if not name.startswith(("bytes:", "<s>")):
+                assert choice.text[at:].startswith(name if at else name.lstrip(" "))
         assert choice.finish_reason == "length"
 
 
@@ -205,6 +208,11 @@ def test_tokenize_and_detokenize(server):
     assert server.post("/detokenize", {"tokens": ids})[2]["prompt"] == "Hello 世界"
     _, _, body = server.post("/tokenize", {"messages": CHAT})
     assert body["tokens"] == server.model.prompt(CHAT)
+    whole = server.post("/detokenize", {"tokens": body["tokens"]})[2]["prompt"]
+    assert whole.endswith("Human: <s>Who are you?</s>Assistant: <s>")
+    info = server.get("/tokenizer_info")[2]
+    assert (info["eos_token"], info["model_max_length"]) == ("</s>", 256)
+    assert "Human: <s>" in info["chat_template"]
 
 
 SCHEMA = {

@@ -1,5 +1,6 @@
 """Clients that behave badly, many at once: nobody else notices, and nothing is left behind."""
 
+import dataclasses
 import http.client
 import json
 import random
@@ -10,14 +11,11 @@ import pytest
 
 import llmzoo_jax
 from serving.engine import Engine
-from serving.runner import EngineOptions
 from tests.live_server import NAME, live, until
+from tests.test_server import SMALL
 from tests.tiny_runs import make_run
 
-OPTIONS = EngineOptions(
-    context=256, max_batch=4, page_size=16, prefill_tokens=32, window=4, cache_tokens=640,
-    max_waiting=12, deterministic=True,
-)  # fmt: skip
+OPTIONS = dataclasses.replace(SMALL, max_waiting=12)  # what is compiled is the same
 PATH = "/v1/chat/completions"
 SEEDS = 6
 

@@ -116,10 +116,13 @@ class Joint(nnx.Module):
         self.b = None
         if projections[0].b is not None:
             self.b = nnx.data(nnx.Param(jnp.concatenate([p.b[...].ravel() for p in projections])))
+        self.lora = None
 
     def __call__(self, x: jax.Array) -> list[jax.Array]:
         x = x.reshape(*x.shape[: x.ndim - self.num_inputs], -1)
         y = matmul_transposed(x, self.w[...].astype(x.dtype))
+        if self.lora is not None:
+            y = y + self.lora(x)
         if self.b is not None:
             y = y + self.b[...].astype(x.dtype)
         ends = list(itertools.accumulate(map(math.prod, self.outputs)))

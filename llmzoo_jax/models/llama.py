@@ -29,6 +29,8 @@ class Attention(nnx.Module):
         self.qkv = None
 
     def join(self):
+        if not isinstance(self.q.w, nnx.Param):
+            return
         self.qkv = nnx.data(Joint(self.q, self.k, self.v))
         del self.q, self.k, self.v
         self.out.transpose()
@@ -58,8 +60,11 @@ class Block(nnx.Module):
         self.gate_up = None
 
     def join(self):
-        """For decoding: see ``layers.Joint`` and ``layers.Proj.transpose``."""
+        """For decoding: see ``layers.Joint`` and ``layers.Proj.transpose``. Quantised weights stay
+        as they are."""
         self.attention.join()
+        if not isinstance(self.gate.w, nnx.Param):
+            return
         self.gate_up = nnx.data(Joint(self.gate, self.up))
         del self.gate, self.up
         self.down.transpose()

@@ -26,10 +26,11 @@ class Pages(NamedTuple):
 class PageView(NamedTuple):
     """Where the rows of a batch find their pages. Stands where other caches have a ``Mask``.
 
-    ``positions[B,T]`` are those of the queries, consecutive; T is 1, or S with the first one at the
-    start of a page. ``tables[B,M]`` has the pages of each row in order. The work: row ``rows[i]``
-    has at positions from ``indices[i] * S`` what is in page ``pages[i]``; each is int32 ``[.,W]``,
-    and the first ``turns`` lines count. A pair that fills a line has the row B.
+    ``positions[B,T]`` are those of the queries, consecutive; T is S with the first one at the start
+    of a page, or anything else, which is written token by token. ``tables[B,M]`` has the pages of
+    each row in order. The work: row ``rows[i]`` has at positions from ``indices[i] * S`` what is in
+    page ``pages[i]``; each is int32 ``[.,W]``, and the first ``turns`` lines count. A pair that
+    fills a line has the row B.
     """
 
     positions: jax.Array
@@ -48,34 +49,31 @@ def init_pages(num_pages: int, kv_heads: int, page_size: int, head_dim: int, dty
 
 def write_pages(pages: Pages, new: jax.Array, view: PageView) -> Pages:
     """Puts ``new[B,K,T,H]`` at ``view.positions`` of the rows."""
-    B, S = len(new), pages.values.shape[2]
-    first = view.positions[:, 0]
-    page = jnp.take_along_axis(view.tables, (first // S)[:, None], axis=1)[:, 0]  # [B]
+    S, T = pages.values.shape[2], new.shape[2]
+    page = jnp.take_along_axis(view.tables, view.positions // S, axis=1)  # [B,T]
+    offset = view.positions % S
     scale = None
     if pages.scale is not None:
         scale = jnp.abs(new).max(-1).astype(jnp.float32) / 127.0  # [B,K,T]
         new = jnp.round(new / jnp.where(scale == 0.0, 1.0, scale)[..., None])
     new = new.astype(pages.values.dtype)
     if jax.default_backend() != "cpu":
-        offset = (first % S)[:, None] + jnp.arange(new.shape[2])  # [B,T]
-        at = (page[:, None], slice(None), offset)  # numpy puts the sliced axis last but one
+        at = (page, slice(None), offset)  # the axis of the slice comes behind [B,T]
         values = pages.values.at[at].set(jnp.swapaxes(new, 1, 2))
         return Pages(values, scale if scale is None else pages.scale.at[at].set(scale.mT))
 
-    def put(row, pages):  # in place; a CPU runs a scatter slower
-        values = jax.lax.dynamic_update_slice(
-            pages.values, new[row][None], (page[row], 0, first[row] % S, 0)
-        )
+    def put(i, pages):  # in place; a CPU runs a scatter slower
+        row, t = (i, 0) if T in (1, S) else (i // T, i % T)
+        size = T if T in (1, S) else 1
+        start = (page[row, t], 0, offset[row, t])
+        part = jax.lax.dynamic_slice_in_dim(new[row], t, size, axis=1)  # [K,size,H]
+        values = jax.lax.dynamic_update_slice(pages.values, part[None], (*start, 0))
         if scale is None:
             return Pages(values)
-        return Pages(
-            values,
-            jax.lax.dynamic_update_slice(
-                pages.scale, scale[row][None], (page[row], 0, first[row] % S)
-            ),
-        )
+        part = jax.lax.dynamic_slice_in_dim(scale[row], t, size, axis=1)
+        return Pages(values, jax.lax.dynamic_update_slice(pages.scale, part[None], start))
 
-    return jax.lax.fori_loop(0, B, put, pages)
+    return jax.lax.fori_loop(0, len(new) * (1 if T in (1, S) else T), put, pages)
 
 
 def paged_attention(
