@@ -7,13 +7,9 @@ import json
 
 import pytest
 
-<<<<<<< HEAD
 pytest.importorskip("gradio", reason="the page is an extra: pip install 'llmzoo-jax[ui]'")
 
-import gradio as gr
 
-=======
->>>>>>> ui
 import llmzoo_jax
 from serving.app import make_server
 from tests import browser
