@@ -7,9 +7,6 @@ import json
 
 import pytest
 
-pytest.importorskip("gradio", reason="the page is an extra: pip install 'llmzoo-jax[ui]'")
-
-
 import llmzoo_jax
 from serving.app import make_server
 from tests import browser
