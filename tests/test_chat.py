@@ -24,6 +24,7 @@ class Fake:
 
     def __init__(self, answers=()):
         self.answers, self.asked, self.options = list(answers), [], {}
+        self.seeds = []
 
     def prompt(self, messages):
         if "</s>" in messages[-1].content:
@@ -33,15 +34,18 @@ class Fake:
     def chat(self, messages, *, on_text, **options):
         self.asked.append([(m.role, m.content) for m in messages])
         self.options = options
+        self.seeds.append(options.get("seed"))
         answer = self.answers.pop(0) if self.answers else f"answer {len(self.asked)}"
         for piece in answer if isinstance(answer, list) else [answer]:
             if piece is CTRL_C:
                 raise KeyboardInterrupt
+            if isinstance(piece, Exception):
+                raise piece
             on_text(piece)
         return Result("", [7] * 20, "length" if answer == "long" else "stop", 10)
 
 
-def talk(model, *lines, context=1000, system="", **options):
+def talk(model, *lines, context=1000, system="", stats=False, **options):
     """Runs a chat over lines, where an exception stands for its key; returns unread lines."""
     lines = list(lines)
 
@@ -53,7 +57,7 @@ def talk(model, *lines, context=1000, system="", **options):
 
     backend = Local(model, context=context, max_new_tokens=20, **options)
     opening = [Message("system", system)] if system else []
-    chat(Chat(backend, Plain(), opening), read_line)
+    chat(Chat(backend, Plain(), opening, stats), read_line)
     return lines
 
 
@@ -138,6 +142,74 @@ def test_a_message_that_is_too_long_alone_is_refused_and_the_rest_kept(capsys):
     talk(model, "one", context=25)  # room for five tokens
     assert model.asked == []
     assert "prompt of 10 tokens, and there is room for 5" in capsys.readouterr().out
+
+
+# --- commands -----------------------------------------------------------------------------------
+
+
+def test_regen_asks_the_last_question_again_with_the_next_seed(capsys):
+    model = Fake()
+    talk(model, "!regen", "one", "!regen", "!regen", "two", seed=5)
+    assert [asked[-1] for asked in model.asked] == [user("one")] * 3 + [user("two")]
+    assert model.asked[3] == [user("one"), said("answer 3"), user("two")]
+    assert model.seeds == [5, 6, 7, 5]
+    assert "(nothing was said yet)" in capsys.readouterr().out
+
+
+def test_regen_keeps_the_answer_where_no_other_comes():
+    model = Fake(["first", [CTRL_C], "third"])
+    talk(model, "one", "!regen", "two")
+    assert model.asked[2] == [user("one"), said("first"), user("two")]
+
+
+def test_remove_forgets_the_last_exchange():
+    model = Fake()
+    talk(model, "!remove", "one", "two", "!remove", "three", system="s")
+    assert model.asked[2] == [("system", "s"), user("one"), said("answer 1"), user("three")]
+
+
+def test_a_saved_conversation_is_loaded_and_goes_on(tmp_path, capsys):
+    path = tmp_path / "my talk.jsonl"
+    talk(Fake(), "one", f"!save {path}", system="s")
+    model = Fake()
+    talk(model, f"!load {path}", "two")
+    assert model.asked[0] == [("system", "s"), user("one"), said("answer 1"), user("two")]
+    assert "you: one\nmodel: answer 1" in capsys.readouterr().out
+
+
+def test_a_conversation_is_saved_as_markdown(tmp_path):
+    talk(Fake(["**bold**"]), "one", f"!save {tmp_path / 'x.md'}")
+    text = (tmp_path / "x.md").read_text("utf-8")
+    assert text == "**user**\n\none\n\n**assistant**\n\n**bold**\n\n"
+
+
+def test_files_that_cannot_be_read_or_written_end_nothing(tmp_path, capsys):
+    model = Fake()
+    (tmp_path / "bad").write_text("{")
+    bad = ("!save", "!save x.md", f"!load {tmp_path / 'none'}", f"!load {tmp_path / 'bad'}")
+    talk(model, *bad, "one", f"!save {tmp_path / 'no' / 'x.md'}", "two")
+    assert len(model.asked) == 2
+    out = capsys.readouterr().out
+    for told in ("which file? !save FILE", "empty conversation", "No such file", "not JSON"):
+        assert told in out
+
+
+def test_help_lists_every_command(capsys):
+    talk(Fake(), "!help")
+    out = capsys.readouterr().out
+    assert all(f"!{name}" in out for name in ("reset", "regen", "remove", "save", "load", "exit"))
+
+
+def test_an_error_in_the_middle_keeps_what_was_said(capsys):
+    model = Fake([["par", ConversationError("it broke")], "ok"])
+    talk(model, "one", "two")
+    assert model.asked[1] == [user("one"), said("par"), user("two")]
+    assert "model: par (it broke)" in capsys.readouterr().out
+
+
+def test_stats_say_how_long_and_fast_an_answer_was(capsys):
+    talk(Fake(), "one", stats=True)
+    assert "model: answer 1 (20 tokens, 0.00 s to the first" in capsys.readouterr().out
 
 
 # --- the command --------------------------------------------------------------------------------

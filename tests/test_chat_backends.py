@@ -158,7 +158,7 @@ def test_ctrl_c_in_a_terminal_stops_the_servers_answer_and_the_chat_goes_on(mode
         process = subprocess.Popen(
             [
                 sys.executable, "-m", "serving.chat", f"--url={server.url}/v1",
-                f"--history={tmp_path / 'state' / 'lines'}",
+                "--max_new_tokens=150", f"--history={tmp_path / 'state' / 'lines'}",
             ],
             stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
             env=os.environ | {"TERM": "xterm-256color", "PYTHONIOENCODING": "utf-8"},
