@@ -164,8 +164,15 @@ def alone(case, seed=0):
     return found
 
 
-@pytest.mark.parametrize("name", OPTIONS)
-@pytest.mark.parametrize("case", [BLOOM, LLAMA])
+QUICK = {(BLOOM, "small"), (LLAMA, "small"), (LLAMA, "speculative"), (LLAMA, "deterministic")}
+ENGINES_OF_ALL_KINDS = [
+    pytest.param(case, name, marks=() if (case, name) in QUICK else pytest.mark.slow)
+    for case in (BLOOM, LLAMA)
+    for name in OPTIONS
+]
+
+
+@pytest.mark.parametrize(("case", "name"), ENGINES_OF_ALL_KINDS)
 def test_tokens_are_the_same_among_any_others_whatever_the_engine(case, name):
     """250 requests an engine, in any order, a fifth of them aborted at any time."""
     engine, want, asked = use(case, name), alone(case), list(kinds(0))
