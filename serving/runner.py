@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -95,6 +96,7 @@ class Runner:
         self._sizes = _sizes(o.max_batch, only_largest=o.deterministic)
         self._blocks = _sizes(o.prefill_tokens // o.page_size, only_largest=o.deterministic)
         self._no_extras = {B: steps.no_extras(B, model.config.vocab_size) for B in self._sizes}
+        self._programs: dict[Any, Any] = {}  # see warm_up
         self._kv_dtype = jnp.int8 if o.kv_dtype == "int8" else jnp.dtype(model.dtype)
         self.reset()
 
@@ -126,9 +128,8 @@ class Runner:
             block[2 + 2 * size : 2 + 2 * size + len(numbers)] = numbers
             tables.append(numbers)
         work = self._pair_up(tables, R)
-        self.state, scores = steps.prefill(
-            self._leaves, self.state, blocks, work, scored=bool(scored), **self._static
-        )
+        program = self._programs["prefill", R, bool(scored)]
+        self.state, scores = program(self._leaves, self.state, blocks, work)
         if scores is not None:
             scores = steps.Scores(*map(np.asarray, scores))
             for i, (row, n) in enumerate(todo):
@@ -136,13 +137,11 @@ class Runner:
 
     def decode(self, rows: Sequence[Row], limit: int) -> steps.Window:
         """Up to ``limit`` steps of ``rows``, whose pages have room for them; arrays of NumPy."""
-        o = self.options
         B = next(n for n in self._sizes if n >= len(rows))
         packed, work = self._pack(rows, B)
-        self.state, window = steps.decode(
-            self._leaves, self.state, packed, work, self._extras(rows, B), np.int32(limit),
-            window=o.window, **self._static,
-        )  # fmt: skip
+        self.state, window = self._programs["decode", B](
+            self._leaves, self.state, packed, work, self._extras(rows, B), np.int32(limit)
+        )
         if any(row.request.sampling.logprobs is not None for row in rows):
             return steps.Window(*map(np.asarray, window))
         return window._replace(tokens=np.asarray(window.tokens))
@@ -155,8 +154,8 @@ class Runner:
         drafts = np.full((B, o.speculate), -1, np.int32)
         for line, guess in zip(drafts, guesses, strict=False):
             line[: len(guess)] = guess
-        self.state, window = steps.verify(
-            self._leaves, self.state, packed, work, self._extras(rows, B), drafts, **self._static
+        self.state, window = self._programs["verify", B](
+            self._leaves, self.state, packed, work, self._extras(rows, B), drafts
         )
         return steps.Window(*map(np.asarray, window))
 
@@ -171,7 +170,7 @@ class Runner:
         in_prompt = np.zeros(V, bool)
         in_prompt[row.tokens[:n]] = True
         counts = np.bincount(np.asarray(row.tokens[n:], np.int64), minlength=V).astype(np.int16)
-        self.state = steps.set_counts(self.state, np.int32(row.slot), in_prompt, counts)
+        self.state = self._programs["set_counts"](self.state, np.int32(row.slot), in_prompt, counts)
 
     def put_adapter(self, slot: int, weights: lora.Adapters) -> None:
         """Writes an adapter into a slot that no row has; from any thread."""
@@ -179,38 +178,30 @@ class Runner:
         self._leaves = jax.tree.leaves(adapters.put(model, slot, weights))
 
     def warm_up(self) -> None:
-        """Compiles every program, two at a time, then runs each once on rows that are not there."""
-        o = self.options
+        """Compiles every program, two at a time, and keeps them: no call compiles later."""
+        o, static = self.options, self._static
         V, S = self.config.vocab_size, o.page_size
-        calls = []
+        lowered = {}
         for B in self._sizes:
-            calls.append((
-                steps.decode,
-                (steps.pack_rows(B, o.pages_a_row + 1), self._pair_up([], B), self._no_extras[B],
-                 np.int32(1)),
-                {"window": o.window, **self._static},
-            ))  # fmt: skip
+            args = (
+                self._leaves, self.state, steps.pack_rows(B, o.pages_a_row + 1),
+                self._pair_up([], B), self._no_extras[B],
+            )  # fmt: skip
+            lowered["decode", B] = steps.decode.lower(*args, np.int32(1), window=o.window, **static)
             if o.speculate and o.speculate_rows >= B:
                 drafts = np.full((B, o.speculate), -1, np.int32)
-                calls.append((steps.verify, (*calls[-1][1][:3], drafts), self._static))
+                lowered["verify", B] = steps.verify.lower(*args, drafts, **static)
         for R in self._blocks:
             blocks = np.zeros((R, 2 + 2 * S + o.pages_a_row + 1), np.int32)
+            args = (self._leaves, self.state, blocks, self._pair_up([], R))
             for scored in (False, True):
-                calls.append((
-                    steps.prefill, (blocks, self._pair_up([], R)),
-                    {"scored": scored, **self._static},
-                ))  # fmt: skip
-        with ThreadPoolExecutor(
-            2
-        ) as pool:  # into the cache of compiled programs, where there is one
-            lowered = [f.lower(self._leaves, self.state, *args, **kw) for f, args, kw in calls]
-            list(pool.map(lambda x: x.compile(), lowered))
-        for function, args, static in calls:
-            self.state, out = function(self._leaves, self.state, *args, **static)
-            jax.block_until_ready(out)
-        self.state = steps.set_counts(
+                lowered["prefill", R, scored] = steps.prefill.lower(*args, scored=scored, **static)
+        lowered["set_counts"] = steps.set_counts.lower(
             self.state, np.int32(0), np.zeros(V, bool), np.zeros(V, np.int16)
         )
+        with ThreadPoolExecutor(2) as pool:
+            compiled = pool.map(lambda program: program.compile(), lowered.values())
+            self._programs = dict(zip(lowered, compiled, strict=True))
 
     def _pair_up(self, tables: Sequence[Sequence[int]], rows: int) -> steps.Work:
         width = 8 if rows <= 4 else 16

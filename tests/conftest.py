@@ -39,3 +39,14 @@ def shared_data() -> Path:
 @pytest.fixture(scope="session")
 def repository() -> Path:
     return REPOSITORY
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_mappings():
+    """A process may have 65,530 memory mappings, each compiled program takes some, and the compiler
+    crashes where there are none left: a module that leaves many behind leaves none of its programs.
+    """
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.is_file() and len(maps.read_bytes().splitlines()) > 20_000:
+        jax.clear_caches()
