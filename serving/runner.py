@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -178,7 +177,7 @@ class Runner:
         self._leaves = jax.tree.leaves(adapters.put(model, slot, weights))
 
     def warm_up(self) -> None:
-        """Compiles every program, two at a time, and keeps them: no call compiles later."""
+        """Compiles every program, and keeps them: no call compiles later."""
         o, static = self.options, self._static
         V, S = self.config.vocab_size, o.page_size
         lowered = {}
@@ -199,9 +198,7 @@ class Runner:
         lowered["set_counts"] = steps.set_counts.lower(
             self.state, np.int32(0), np.zeros(V, bool), np.zeros(V, np.int16)
         )
-        with ThreadPoolExecutor(2) as pool:
-            compiled = pool.map(lambda program: program.compile(), lowered.values())
-            self._programs = dict(zip(lowered, compiled, strict=True))
+        self._programs = {name: program.compile() for name, program in lowered.items()}
 
     def _pair_up(self, tables: Sequence[Sequence[int]], rows: int) -> steps.Work:
         width = 8 if rows <= 4 else 16
