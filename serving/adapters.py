@@ -138,9 +138,16 @@ def put(model: nnx.Module, slot: int, adapters: lora.Adapters) -> nnx.Module:
                         adapter.lora_b[layer]
                     ).reshape(rank, outputs)
                 column += outputs
-            slots.a = nnx.Param(slots.a[...].at[slot].set(a.astype(slots.a.dtype)))
-            slots.b = nnx.Param(slots.b[...].at[slot].set(b.astype(slots.b.dtype)))
+            slots.a = nnx.Param(_with(slots.a[...], slot, a))
+            slots.b = nnx.Param(_with(slots.b[...], slot, b))
     return model
+
+
+def _with(x: jax.Array, slot: int, new: np.ndarray) -> jax.Array:
+    """``x`` with ``new`` in a slot; by way of the host, where nothing is compiled."""
+    whole = np.array(x)
+    whole[slot] = new
+    return jnp.asarray(whole)
 
 
 def _places(model: nnx.Module) -> list[Place]:
