@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
+
+from llmzoo_jax import figures
 
 MOST = 40  # bars in a chart; the rest are summed up as one
 LOSS, REST, INK = "#b4470c", "#e8c3a8", "#1c2430"
@@ -27,7 +28,7 @@ def _languages(report: dict[str, Any], path: Path) -> None:
     _tokens(left, groups, "tokens by language")
     right.barh(list(groups), [g["conversations"] for g in groups.values()], color="#41658a")
     _finish(right, "conversations by language", "conversations")
-    _save(figure, path)
+    figures.save(figure, path)
 
 
 def _fertility(report: dict[str, Any], path: Path) -> None:
@@ -41,7 +42,7 @@ def _fertility(report: dict[str, Any], path: Path) -> None:
         axis.bar_label(bars, fmt="%.2f", padding=3, fontsize=8, color=INK)
         axis.margins(x=0.12)
         _finish(axis, f"tokens a {unit}: fewer is cheaper", f"tokens a {unit}", whole=False)
-    _save(figure, path)
+    figures.save(figure, path)
 
 
 def _groups(report: dict[str, Any], path: Path) -> None:
@@ -49,7 +50,7 @@ def _groups(report: dict[str, Any], path: Path) -> None:
     figure, axes = _axes(2, rows=max(len(groups) for _, groups in parts))
     for axis, (name, groups) in zip(axes, parts, strict=True):
         _tokens(axis, groups, f"tokens by {name}")
-    _save(figure, path)
+    figures.save(figure, path)
 
 
 def _lengths(report: dict[str, Any], path: Path) -> None:
@@ -69,7 +70,7 @@ def _lengths(report: dict[str, Any], path: Path) -> None:
     axis.set_title("length of conversations", color=INK)
     axis.tick_params(axis="x", labelrotation=45)
     _plain(axis, grid="y")
-    _save(figure, path)
+    figures.save(figure, path)
 
 
 def _tokens(axis: Any, groups: dict[str, Any], title: str) -> None:
@@ -121,13 +122,3 @@ def _plain(axis: Any, *, grid: str) -> None:
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(alpha=0.25, axis=grid)
     axis.set_axisbelow(True)
-
-
-def _save(figure: Any, path: Path) -> None:
-    import matplotlib.pyplot as plt
-
-    part = path.with_name(f".{path.stem}.part.png")
-    figure.tight_layout()
-    figure.savefig(part)
-    plt.close(figure)
-    os.replace(part, path)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from data_pipelines.sources import language_of, read_records
 from data_pipelines.sources.multilingual_sift import LANGUAGES
-from data_pipelines.sources.questions import turns_of
+from data_pipelines.sources.questions import question_id, turns_of
 from data_pipelines.sources.records import Unusable
 from llmzoo_jax.errors import InputError
 
@@ -52,9 +52,7 @@ def read_questions(paths: Sequence[str], *, lang: str = "") -> list[Question]:
             try:
                 if isinstance(record, Unusable):
                     raise record
-                number = record.get("question_id", record.get("id"))
-                if not isinstance(number, int | str):
-                    raise Unusable("no id", f"{number!r:.80} is the question_id")
+                number = question_id(record)
                 reference = record.get("reference") or []
                 question = Question(
                     question_id=number,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from llmzoo_jax import figures
 
 COLOURS = ("#41658a", "#b4470c", "#2f7d4f", "#8a4fa3", "#a38a00", "#0e7c86", "#b03a6b", "#5b6675",
            "#6b452e")  # fmt: skip
@@ -93,7 +94,7 @@ def _matrix(facts: Mapping[str, Any], path: Path) -> None:
                     dark = abs(cell["value"] - 0.5) > 0.33
                     axis.text(column, row, text, ha="center", va="center", fontsize=6.5,
                               color="white" if dark else INK)  # fmt: skip
-    _save(figure, path)
+    figures.save(figure, path)
 
 
 def _bars(facts: Mapping[str, Any], path: Path) -> None:
@@ -118,7 +119,7 @@ def _bars(facts: Mapping[str, Any], path: Path) -> None:
     axis.legend(frameon=False, fontsize=8, ncols=min(len(models), 4), loc="upper center",
                 bbox_to_anchor=(0.5, -0.1))  # fmt: skip
     axis.spines[["top", "right"]].set_visible(False)
-    _save(figure, path)
+    figures.save(figure, path)
 
 
 def _radar(facts: Mapping[str, Any], path: Path) -> None:
@@ -137,14 +138,4 @@ def _radar(facts: Mapping[str, Any], path: Path) -> None:
     axis.set_xticks(angles, axes)
     axis.set_ylim(0, 1)
     axis.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=2)
-    _save(figure, path)
-
-
-def _save(figure: Any, path: Path) -> None:
-    import matplotlib.pyplot as plt
-
-    part = path.with_name(f".{path.stem}.part.png")
-    figure.tight_layout()
-    figure.savefig(part)
-    plt.close(figure)
-    os.replace(part, path)
+    figures.save(figure, path)

@@ -18,6 +18,7 @@ from tensorboardX import SummaryWriter
 from tensorboardX.record_writer import register_writer_factory
 from tqdm import tqdm
 
+from llmzoo_jax import figures
 from llmzoo_jax.errors import InputError
 
 COLOURS = {"training": "#9aa5b1", "held out": "#c2410c"}
@@ -202,11 +203,7 @@ def plot(run_dir: str | Path, *, title: str) -> Path | None:
         right.legend(frameon=False, loc="lower right")
         right.tick_params(axis="y", labelsize=8)
         right.grid(alpha=0.25, axis="x")
-    figure.tight_layout()
     path = Path(run_dir) / "loss.png"
-    part = path.with_name("loss.part.png")
     with _named(path):
-        figure.savefig(part)
-        os.replace(part, path)
-    plt.close(figure)
+        figures.save(figure, path)
     return path

@@ -6,6 +6,7 @@ written into a slot, so nothing is compiled again when one is loaded.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Hashable
 from pathlib import Path
@@ -151,14 +152,20 @@ def _with(x: jax.Array, slot: int, new: np.ndarray) -> jax.Array:
 
 
 def _places(model: nnx.Module) -> list[Place]:
-    like = models.abstract(model.config)
-    sizes = {}
-    for path in lora.TARGETS[model.config.family].values():
-        projection = lora.module(like, path)
-        shape, n = projection.w.shape[1:], projection.num_inputs
-        sizes[path.removeprefix("blocks.")] = math.prod(shape[:n]), math.prod(shape[n:])
+    sizes = dict(_sizes(model.config))
     places = []
     for joint, paths in JOINED.items():
         if set(paths) <= set(sizes) and lora.module(model.blocks[0], joint) is not None:
             places.append(Place(joint, tuple((path, *sizes.pop(path)) for path in paths)))
     return places + [Place(path, ((path, *size),)) for path, size in sizes.items()]
+
+
+@functools.cache
+def _sizes(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Of each projection of a block: K and N."""
+    like, sizes = models.abstract(config), {}
+    for path in lora.TARGETS[config.family].values():
+        projection = lora.module(like, path)
+        shape, n = projection.w.shape[1:], projection.num_inputs
+        sizes[path.removeprefix("blocks.")] = math.prod(shape[:n]), math.prod(shape[n:])
+    return sizes

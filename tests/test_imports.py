@@ -44,7 +44,8 @@ MAY_IMPORT = {
     "llmzoo_jax.tokenizer": {*TEXT, "llmzoo_jax.errors", "llmzoo_jax.llama_tokenizer"},
     "llmzoo_jax.llama_tokenizer": {"llmzoo_jax.errors"},
     "llmzoo_jax.text_stream": {*TEXT, "llmzoo_jax.errors"},
-    "llmzoo_jax.metrics": CORE,
+    "llmzoo_jax.figures": set(),
+    "llmzoo_jax.metrics": {*CORE, "llmzoo_jax.figures"},
     "llmzoo_jax.goodput": CORE,
     "llmzoo_jax.profiling": CORE,
     "llmzoo_jax.flops": CORE,
@@ -117,6 +118,7 @@ MAY_IMPORT = {
     "data_pipelines": {
         *TEXT,
         *CORE,
+        "llmzoo_jax.figures",
         "llmzoo_jax.packing",
         "llmzoo_jax.shards",
         "llmzoo_jax.tokenise",

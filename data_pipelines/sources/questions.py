@@ -36,9 +36,7 @@ def conversations(
         try:
             if isinstance(record, Unusable):
                 raise record
-            number = record.get("question_id", record.get("id"))
-            if not isinstance(number, int | str):
-                raise Unusable("no id", f"{number!r:.80} is the question_id")
+            number = question_id(record)
             if parallel and isinstance(number, int):
                 number = (number - 1) % parallel + 1
             yield Question(
@@ -52,6 +50,13 @@ def conversations(
             )
         except Unusable as error:
             yield Dropped(where, error.reason, error.detail)
+
+
+def question_id(record: dict[str, Any]) -> int | str:
+    number = record.get("question_id", record.get("id"))
+    if not isinstance(number, int | str):
+        raise Unusable("no id", f"{number!r:.80} is the question_id")
+    return number
 
 
 def turns_of(record: dict[str, Any]) -> tuple[str, ...]:
