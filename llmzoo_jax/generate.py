@@ -96,13 +96,7 @@ def generate(
     tokens = np.zeros((B, T), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
-    params = Params(
-        temperature=np.full(B, sampling.temperature, np.float32),
-        top_k=np.full(B, min(sampling.top_k, 2**31 - 1), np.int32),
-        top_p=np.full(B, sampling.top_p, np.float32),
-        min_p=np.zeros(B, np.float32),
-        seed=(sampling.seed + np.arange(B)).astype(np.uint32),
-    )
+    params = None if sampling.temperature == 0 else _params(sampling, B)
     stops = np.asarray(sorted(set(stop_ids)) or [-1], np.int32)
     state = _prefill(
         model, tokens, np.asarray(lengths, np.int32), params, stops,
@@ -129,6 +123,17 @@ def generate(
     return [Generated(row, "stop" if ended[i] else "length") for i, row in enumerate(rows)]
 
 
+def _params(sampling: Sampling, rows: int) -> Params:
+    """Row i samples with the seed ``sampling.seed + i``."""
+    return Params(
+        temperature=np.full(rows, sampling.temperature, np.float32),
+        top_k=np.full(rows, min(sampling.top_k, 2**31 - 1), np.int32),
+        top_p=np.full(rows, sampling.top_p, np.float32),
+        min_p=np.zeros(rows, np.float32),
+        seed=(sampling.seed + np.arange(rows)).astype(np.uint32),
+    )
+
+
 def _bucket(n: int) -> int:
     """The first of 32, 48, 64, 96, 128, 192, .. that is not below ``n``."""
     sizes = (size << k for k in itertools.count() for size in (BUCKET, BUCKET * 3 // 2))
@@ -147,7 +152,7 @@ def _until_stop(row: list[int], stops: np.ndarray) -> list[int]:
 
 @functools.partial(jax.jit, static_argnames=("slots", "new", "dtype"))
 def _prefill(
-    model, tokens, lengths, params: Params, stops, *, slots: int, new: int, dtype: str
+    model, tokens, lengths, params: Params | None, stops, *, slots: int, new: int, dtype: str
 ) -> DecodeState:
     """Fills the cache with ``tokens[B,T]`` (right-padded) and chooses the first new token. What
     the padding writes into the cache lies behind every query until a token overwrites it."""
@@ -187,7 +192,7 @@ def _pad_cache(state: DecodeState, *, more: int) -> DecodeState:
 
 @functools.partial(jax.jit, static_argnames=("dtype",), donate_argnames=("state",))
 def _decode_window(
-    model, state: DecodeState, params: Params, stops, *, limit, dtype: str
+    model, state: DecodeState, params: Params | None, stops, *, limit, dtype: str
 ) -> DecodeState:
     """Decodes until ``state.count`` is ``limit`` or every row is done."""
 

@@ -26,13 +26,16 @@ class Params(NamedTuple):
     seed: jax.Array
 
 
-def choose(logits: jax.Array, positions: jax.Array, params: Params) -> jax.Array:
-    """The next token of each row, int32 ``[B]``, from float32 ``logits[B,V]``.
+def choose(logits: jax.Array, positions: jax.Array, params: Params | None) -> jax.Array:
+    """The next token of each row, int32 ``[B]``, from float32 ``logits[B,V]``. Without ``params``
+    all are greedy, and nothing else is compiled.
 
     The filters apply in HF's order: temperature, top-k, top-p, min-p. The key of a draw is made of
     the row's seed and the position ``positions[B]`` of the drawn token, and of nothing else.
     """
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    if params is None:
+        return greedy
     drawn = params.temperature > 0
     filtered = drawn & ((params.top_k > 0) | (params.top_p < 1) | (params.min_p > 0))
 

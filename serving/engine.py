@@ -246,7 +246,8 @@ class Engine:
             for n in range(row.filled, -(-(len(row.tokens) - 1) // size)):
                 if row.pages[n].written:
                     continue
-                if len(todo) == self._runner.most_pages or (scored is not None and scored != wants):
+                full = len(todo) == self._runner.most_pages(scored=wants)
+                if full or (scored is not None and scored != wants):
                     self._runner.fill(todo, scored)
                     return True
                 scored = wants

@@ -89,11 +89,15 @@ class EngineModel:
 
 
 @contextlib.contextmanager
-def on_engine(model: Model, *, max_batch: int, context: int = 0) -> Iterator[EngineModel]:
-    """``context``: tokens of a prompt and its answer; 0: the model's, up to LONGEST."""
+def on_engine(
+    model: Model, *, max_batch: int, context: int = 0, **options: Any
+) -> Iterator[EngineModel]:
+    """``context``: tokens of a prompt and its answer; 0: the model's, up to LONGEST. ``options``:
+    others of ``EngineOptions``."""
     context = context or min(model.context or LONGEST, LONGEST)
-    options = EngineOptions(max_batch=max_batch, context=context, max_waiting=2**31)
-    fast = EngineModel(model, options)
+    fast = EngineModel(
+        model, EngineOptions(max_batch=max_batch, context=context, max_waiting=2**31, **options)
+    )
     try:
         yield fast
     finally:

@@ -16,6 +16,8 @@ from llmzoo_jax.inference import Model
 from serving import adapters, steps
 from serving.rows import Row
 
+SCORED_PAGES = 2
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
@@ -99,10 +101,10 @@ class Runner:
         self._kv_dtype = jnp.int8 if o.kv_dtype == "int8" else jnp.dtype(model.dtype)
         self.reset()
 
-    @property
-    def most_pages(self) -> int:
-        """That one call of ``fill`` takes."""
-        return self._blocks[-1]
+    def most_pages(self, *, scored: bool) -> int:
+        """That one call of ``fill`` takes. Few where their tokens are scored: that has the logits
+        of all places at once."""
+        return min(SCORED_PAGES, self._blocks[-1]) if scored else self._blocks[-1]
 
     def reset(self) -> None:
         o = self.options
@@ -114,6 +116,8 @@ class Runner:
     def fill(self, todo: Sequence[tuple[Row, int]], scored: bool) -> None:
         size, o = self.options.page_size, self.options
         R = next(n for n in self._blocks if n >= len(todo))
+        if scored:
+            R = self.most_pages(scored=True)
         blocks = np.zeros((R, 2 + 2 * size + o.pages_a_row + 1), np.int32)
         tables = []
         for block, (row, n) in zip(blocks, todo, strict=False):
@@ -193,8 +197,12 @@ class Runner:
         for R in self._blocks:
             blocks = np.zeros((R, 2 + 2 * S + o.pages_a_row + 1), np.int32)
             args = (self._leaves, self.state, blocks, self._pair_up([], R))
-            for scored in (False, True):
-                lowered["prefill", R, scored] = steps.prefill.lower(*args, scored=scored, **static)
+            lowered["prefill", R, False] = steps.prefill.lower(*args, scored=False, **static)
+        R = self.most_pages(scored=True)
+        blocks = np.zeros((R, 2 + 2 * S + o.pages_a_row + 1), np.int32)
+        lowered["prefill", R, True] = steps.prefill.lower(
+            self._leaves, self.state, blocks, self._pair_up([], R), scored=True, **static
+        )
         lowered["set_counts"] = steps.set_counts.lower(
             self.state, np.int32(0), np.zeros(V, bool), np.zeros(V, np.int16)
         )

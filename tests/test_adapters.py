@@ -30,7 +30,7 @@ def adapters_of(case, rank, seed):
     return config, adapters
 
 
-@pytest.fixture(scope="module", params=[BLOOM, LLAMA])
+@pytest.fixture(scope="module", params=[pytest.param(BLOOM, marks=pytest.mark.slow), LLAMA])
 def served(request, tmp_path_factory):
     """(engine with room for two, {name: folder}, {name: merged model})."""
     case = request.param
@@ -109,8 +109,8 @@ def test_what_does_not_fit_is_said(served, tmp_path):
 @pytest.mark.parametrize(
     ("case", "kind"),
     [
-        (BLOOM, "nf4"),
         (LLAMA, "int8"),
+        pytest.param(BLOOM, "nf4", marks=pytest.mark.slow),
         pytest.param(BLOOM, "int8", marks=pytest.mark.slow),
         pytest.param(LLAMA, "nf4", marks=pytest.mark.slow),
     ],

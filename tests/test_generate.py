@@ -39,10 +39,13 @@ def greedy_rows(case):
     return generate(model_of(case), random_prompts(case), sampling=Sampling(max_new_tokens=NEW))
 
 
+jitted_filter = parity.quick_jit(choosing.filter_logits)
+
+
 def filter_logits(logits, top_k, top_p):
     """The same filters for every row."""
     rows = np.ones(len(logits), np.float32)
-    return choosing.filter_logits(
+    return jitted_filter(
         jnp.asarray(logits), (top_k * rows).astype(np.int32), top_p * rows, 0 * rows
     )
 

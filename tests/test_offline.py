@@ -13,7 +13,7 @@ SAMPLED = {"temperature": 1.0, "top_k": 20, "top_p": 0.9, "seed": 7}
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     model = llmzoo_jax.load(make_run(tmp_path_factory.mktemp("run"), "bpe"))
-    with on_engine(model, max_batch=4, context=128) as fast:
+    with on_engine(model, max_batch=2, context=128, prefill_tokens=32) as fast:
         yield model, fast
 
 
