@@ -142,7 +142,7 @@ def read_adapter(item: str) -> tuple[str, str]:
 def main(_) -> None:
     http.start_log()
     keys = read_keys(API_KEYS_FILE.value)
-    model = llmzoo_jax.load(MODEL.value, dtype=DTYPE.value, weights=WEIGHTS.value)
+    model = llmzoo_jax.load(MODEL.value, dtype=DTYPE.value, weights=WEIGHTS.value, base=BASE.value)
     at_start = dict(read_adapter(item) for item in ADAPTERS.value)
     more = MAX_ADAPTERS.value if ADAPTERS_DIR.value else 0
     if model.tokenizer is None:
@@ -196,6 +196,10 @@ def main(_) -> None:
 
 if __name__ == "__main__":
     MODEL = flags.DEFINE_string("model", None, "Hugging Face folder or run folder.", required=True)
+    BASE = flags.DEFINE_string(
+        "base", None, "Hugging Face folder to whose weights those of --model are differences; or, "
+        "of an adapter, the base.",
+    )  # fmt: skip
     NAME = flags.DEFINE_string("name", "", "What clients call the model; empty: the folder's name.")
     HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen at; 0.0.0.0: all.")
     PORT = flags.DEFINE_integer("port", 8000, "Port to listen at.", 0, 65535)

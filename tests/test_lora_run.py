@@ -220,11 +220,14 @@ def test_only_a_lora_run_has_an_adapter(tmp_path, finished):
         export(finished, tmp_path / "x", content="adapter", dtype="bfloat16")
 
 
-def test_an_adapter_whose_base_is_not_here_says_so(finished, tmp_path):
+def test_an_adapter_whose_base_is_not_here_says_so(finished, base, tmp_path):
     out = export(finished, tmp_path / "adapter", content="adapter")
+    want = load(out)
     path = out / peft_format.CONFIG
     path.write_text(
         json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "some/model"})
     )
     with pytest.raises(LoadError, match=r"base_model_name_or_path is 'some/model', which is no"):
         load(out)
+    model = load(out, base=base)
+    jax.tree.map(np.testing.assert_array_equal, model.params, want.params)
