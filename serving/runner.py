@@ -26,9 +26,9 @@ class EngineOptions:
     least). ``prefill_tokens``: of prompts, in one call. ``window``: steps in one call, and while
     prompts wait to be filled ``short_window``. ``kv_dtype``: "model" or "int8". ``deterministic``:
     the same shapes whatever runs, so that a request's logits are the same to the last bit.
-    ``speculate``: tokens that are guessed from what was said before, and verified in one step,
-    while at most ``speculate_rows`` requests run. ``max_adapters`` LoRA adapters of up to
-    ``max_lora_rank`` can be loaded at a time."""
+    ``speculate``: tokens that are guessed, by a draft model or from what was said before, and
+    verified in one step, while at most ``speculate_rows`` requests run. ``max_adapters`` LoRA
+    adapters of up to ``max_lora_rank`` can be loaded at a time."""
 
     max_batch: int = 64
     context: int = 2048
@@ -82,10 +82,12 @@ class EngineOptions:
 
 
 class Runner:
-    """``fill`` and ``decode`` change ``state``; after an error, ``reset`` makes it anew."""
+    """``fill`` and ``decode`` change ``state``; after an error, ``reset`` makes it anew. Without
+    ``scores`` prompts can't be scored, nor answers penalised."""
 
-    def __init__(self, model: Model, options: EngineOptions):
+    def __init__(self, model: Model, options: EngineOptions, *, scores: bool = True):
         self.options = o = options
+        self._scores = scores
         self.config = model.config
         params = model.params
         if o.max_adapters:
@@ -198,14 +200,15 @@ class Runner:
             blocks = np.zeros((R, 2 + 2 * S + o.pages_a_row + 1), np.int32)
             args = (self._leaves, self.state, blocks, self._pair_up([], R))
             lowered["prefill", R, False] = steps.prefill.lower(*args, scored=False, **static)
-        R = self.most_pages(scored=True)
-        blocks = np.zeros((R, 2 + 2 * S + o.pages_a_row + 1), np.int32)
-        lowered["prefill", R, True] = steps.prefill.lower(
-            self._leaves, self.state, blocks, self._pair_up([], R), scored=True, **static
-        )
-        lowered["set_counts"] = steps.set_counts.lower(
-            self.state, np.int32(0), np.zeros(V, bool), np.zeros(V, np.int16)
-        )
+        if self._scores:
+            R = self.most_pages(scored=True)
+            blocks = np.zeros((R, 2 + 2 * S + o.pages_a_row + 1), np.int32)
+            lowered["prefill", R, True] = steps.prefill.lower(
+                self._leaves, self.state, blocks, self._pair_up([], R), scored=True, **static
+            )
+            lowered["set_counts"] = steps.set_counts.lower(
+                self.state, np.int32(0), np.zeros(V, bool), np.zeros(V, np.int16)
+            )
         self._programs = {name: program.compile() for name, program in lowered.items()}
 
     def _pair_up(self, tables: Sequence[Sequence[int]], rows: int) -> steps.Work:
