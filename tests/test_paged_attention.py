@@ -109,7 +109,7 @@ def test_a_row_without_pages_gives_zeros():
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.int8])
 @pytest.mark.parametrize("tokens", [1, 3, S])
 def test_accelerators_write_what_a_cpu_writes(tokens, dtype):
-    """Whole pages or single tokens there, slices here; rows that have ended write to nobody's page."""
+    """Pages or tokens at once there, slices here; rows that have ended write to nobody's page."""
     rng = np.random.default_rng(0)
     whole = np.arange(1, 1 + 3 * B, dtype=np.int32).reshape(B, 3)
     table = np.where(np.arange(B)[:, None] == 2, 0, whole)
