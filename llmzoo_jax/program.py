@@ -8,10 +8,11 @@ is named.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections import Counter
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 # --- FLOPs of a traced program ------------------------------------------------------------------
 
@@ -67,7 +68,7 @@ class Traffic(NamedTuple):
 
     bytes: int  # read and written in main memory: inputs and outputs of every fusion and call
     collectives: dict[str, int]  # {kind: bytes of the larger of what goes in and what comes out}
-    unknown_loops: tuple[str, ...]  # counted once
+    unknown_loops: dict[str, int]  # counted once: the bytes of one turn
 
 
 class _Instruction(NamedTuple):
@@ -83,18 +84,10 @@ class _Computation(NamedTuple):
     root: _Instruction | None
 
 
-def count_traffic(hlo: str) -> Traffic:
-    """Reads the text of a compiled module (``compiled.as_text()``)."""
+def count_traffic(hlo: str, *, branches: Literal["all", "least"] = "all") -> Traffic:
+    """Reads the text of a compiled module (``compiled.as_text()``). Of a condition all branches
+    count, or that one which moves the fewest bytes."""
     computations, entry = _parse(hlo)
-    times = {entry: 1}
-    unknown = []
-    order = _calls_first(computations, entry)
-    for name in order:
-        for i in computations[name].instructions.values():
-            for callee, turns in _callees(i, computations):
-                if turns is None:
-                    unknown.append(i.name)
-                times[callee] = times.get(callee, 0) + times[name] * (turns or 1)
     fused = {
         callee
         for computation in computations.values()
@@ -102,20 +95,40 @@ def count_traffic(hlo: str) -> Traffic:
         if i.op in ("fusion", "custom-call")
         for callee, _ in _callees(i, computations)
     }
-    moved, collectives, channels = 0, Counter(), set()
-    for name in order:
-        computation = computations[name]
+
+    @functools.cache
+    def moved(name: str) -> int:
+        """Bytes of one run of a computation."""
+        total, computation = 0, computations[name]
         for i in computation.instructions.values():
             if name not in fused:  # what is fused stays on the chip
-                moved += times[name] * _bytes_moved(i, computation, computations)
+                total += _bytes_moved(i, computation, computations)
+            total += sum((turns or 1) * moved(callee) for callee, turns in callees(i))
+        return total
+
+    def callees(i: _Instruction) -> list[tuple[str, int | None]]:
+        found = _callees(i, computations)
+        if i.op == "conditional" and branches == "least":
+            return [min(found, key=lambda callee: moved(callee[0]))]
+        return found
+
+    times = Counter({entry: 1})
+    unknown, collectives, channels = {}, Counter(), set()
+    for name in _calls_first(computations, entry):
+        computation = computations[name]
+        for i in computation.instructions.values():
+            for callee, turns in callees(i) if times[name] else ():
+                if turns is None:
+                    unknown[i.name] = moved(callee)
+                times[callee] += times[name] * (turns or 1)
             kind = i.op.removesuffix("-start")
-            if kind in COLLECTIVES:
+            if kind in COLLECTIVES and times[name]:
                 channel = re.search(r"channel_id=(\d+)", i.text)
                 if channel and channel[1] in channels:
                     continue  # a TPU's asynchronous one stands in several computations
                 channels.add(channel and channel[1])
                 collectives[kind] += times[name] * _payload(i, computation)
-    return Traffic(moved, dict(collectives), tuple(unknown))
+    return Traffic(moved(entry), dict(collectives), unknown)
 
 
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{")
@@ -213,8 +226,12 @@ _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
     "call", "async-start", "async-update", "async-done", "after-all", "iota", "partition-id",
     "replica-id", "all-gather-done", "all-reduce-done", "collective-permute-done", "copy-done",
-    "opt-barrier",
+    "opt-barrier", "slice-done",
 }  # fmt: skip
+
+
+# Change an array in place: which operand has the new values.
+_UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
 
 
 def _bytes_moved(i: _Instruction, computation: _Computation, computations) -> int:
@@ -228,8 +245,12 @@ def _bytes_moved(i: _Instruction, computation: _Computation, computations) -> in
         return _fusion_bytes(shapes, i.shape, inside)
     if i.op in ("dynamic-slice", "gather"):
         return 2 * _size(i.shape)
-    if i.op == "dynamic-update-slice":
-        return 2 * _size(shapes[1])
+    if i.op in _UPDATES:
+        return 2 * _size(shapes[_UPDATES[i.op]])
+    if i.op == "copy-start":
+        return _size(i.shape)  # of both sides
+    if i.op == "slice-start":
+        return _payload(i, computation, of_result=True)
     return _size(i.shape) + sum(map(_size, shapes))
 
 
@@ -248,8 +269,9 @@ def _fusion_bytes(shapes: list[str], out: str, inside: _Computation) -> int:
         ]
         if users and all(i.op in ("dynamic-slice", "gather") for i in users):
             total += sum(_size(i.shape) for i in users)
-        elif users and all(i.op == "dynamic-update-slice" for i in users):
-            total += sum(_size(inside.instructions[i.operands[1]].shape) for i in users)
+        elif users and all(i.op in _UPDATES for i in users):
+            news = [inside.instructions[i.operands[_UPDATES[i.op]]] for i in users]
+            total += sum(_size(new.shape) for new in news)
             updated += _size(shape)
         else:
             total += _size(shape)
@@ -258,7 +280,7 @@ def _fusion_bytes(shapes: list[str], out: str, inside: _Computation) -> int:
 
 def _sources(i: _Instruction, inside: _Computation) -> tuple[str, ...]:
     """The array that an instruction slices or updates, or all its operands; through bitcasts."""
-    names = i.operands[:1] if i.op in ("dynamic-slice", "dynamic-update-slice") else i.operands
+    names = i.operands[:1] if i.op in ("dynamic-slice", *_UPDATES) else i.operands
     return () if i.op == "bitcast" else tuple(_behind_bitcasts(name, inside) for name in names)
 
 
@@ -268,13 +290,14 @@ def _behind_bitcasts(name: str, inside: _Computation) -> str:
     return name
 
 
-def _payload(i: _Instruction, computation: _Computation) -> int:
-    """Bytes of the larger side; the result of an asynchronous start holds its operands as well."""
+def _payload(i: _Instruction, computation: _Computation, *, of_result: bool = False) -> int:
+    """Bytes of the larger side, or of the result; that of an asynchronous start holds its operands
+    as well."""
     shape = re.sub(r"S\(\d+\)", "", i.shape)
     operands = sum(
         _size(re.sub(r"S\(\d+\)", "", computation.instructions[x].shape)) for x in i.operands
     )
     result = _size(shape)
-    if i.op in ("all-gather-start", "collective-permute-start"):
+    if i.op in ("all-gather-start", "collective-permute-start", "slice-start"):
         result -= operands
-    return max(result, operands)
+    return result if of_result else max(result, operands)

@@ -30,16 +30,16 @@ class Chip(NamedTuple):
     capability: str  # compute capability of a GPU
 
 
-def _tpu(memory: float) -> Chip:
-    return Chip("tpu", int(memory * 2**30), 0, 0, 0, "")
+def _tpu(memory: float, bandwidth: int) -> Chip:
+    return Chip("tpu", int(memory * 2**30), 0, 0, bandwidth * 10**9, "")
 
 
 # Google Cloud's pages of each TPU; NVIDIA's data sheets.
 CHIPS = {
-    "v4": _tpu(32),
-    "v5e": _tpu(16),
-    "v5p": _tpu(95),
-    "v6e": _tpu(32),
+    "v4": _tpu(32, 1228),
+    "v5e": _tpu(16, 819),
+    "v5p": _tpu(95, 2765),
+    "v6e": _tpu(32, 1640),
     "a100": Chip("gpu", 80 * 10**9, 108, 166912, 2039 * 10**9, "8.0"),
     "h100": Chip("gpu", 80 * 10**9, 132, 232448, 3350 * 10**9, "9.0"),
     "h200": Chip("gpu", 141 * 10**9, 132, 232448, 4800 * 10**9, "9.0"),
