@@ -480,7 +480,6 @@ def compiled_for(target, kind, **options) -> str:
     return products(kind).lower(*args).compile(compiler_options=options or None).as_text()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("target", ["v5e:2x2", "v5p:2x2x1", "tpu7x:2x2x1"])
 def test_a_tpu_multiplies_codes_of_8_bits(target):
     kind = "fp8" if target.startswith("tpu7x") else "int8"
@@ -501,7 +500,6 @@ def test_a_tpu_multiplies_codes_of_8_bits(target):
     )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_gpu_multiplies_codes_of_8_bits(kind):
     """By cuBLASLt or by Triton: with a card XLA takes the faster one, without it Triton."""
