@@ -7,6 +7,7 @@ known to be harmless, or an error.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -104,25 +105,37 @@ def _rows(config: ModelConfig) -> Iterator[tuple[str, str, str, dict[str, int], 
 
 
 def load_params(
-    folder: str | Path, config: ModelConfig, *, place: Callable[[str, np.ndarray], jax.Array]
+    folder: str | Path,
+    config: ModelConfig,
+    *,
+    place: Callable[[str, np.ndarray], jax.Array],
+    delta_of: str | Path | None = None,
 ) -> Any:
     """Reads the safetensors of ``folder`` into a model, one parameter in host memory at a time.
 
-    ``place(name, float32 array)`` puts a parameter on the devices. Raises as ``read_params``.
+    ``place(name, float32 array)`` puts a parameter on the devices. The rest is as in
+    ``read_params``.
     """
-    placed = {name: place(name, array) for name, array in read_params(folder, config)}
+    params = read_params(folder, config, delta_of=delta_of)
+    placed = {name: place(name, array) for name, array in params}
     abstract = models.abstract(config)
     return jax.tree.unflatten(
         jax.tree.structure(abstract), [placed[n] for n in named_leaves(abstract)]
     )
 
 
-def read_params(folder: str | Path, config: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
-    """Our name and float32 array of every parameter in the safetensors of ``folder``.
+def read_params(
+    folder: str | Path, config: ModelConfig, *, delta_of: str | Path | None = None
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Our name and float32 array of every parameter in the safetensors of ``folder``; where they
+    are differences to those of the folder ``delta_of``, the sums.
 
     Raises CheckpointError for a missing, unexpected or misshapen tensor; nothing is filled in and
-    nothing is ignored.
+    nothing is ignored. A delta may have more tokens than its base.
     """
+    if delta_of is not None:
+        yield from _sums(folder, config, delta_of)
+        return
     with ExitStack() as stack:
         tensors = _open_tensors(Path(folder), stack)
         if config.family == "bloom" and "word_embeddings.weight" in tensors:
@@ -163,6 +176,38 @@ def read_params(folder: str | Path, config: ModelConfig) -> Iterator[tuple[str, 
                 f"{folder}: unexpected tensors {_few(extra)}; config.json describes a model "
                 "without them"
             )
+
+
+def _sums(
+    folder: str | Path, config: ModelConfig, base: str | Path
+) -> Iterator[tuple[str, np.ndarray]]:
+    """As FastChat's ``apply_delta``, in float32. For tokens that the base lacks its ``make_delta``
+    took zeros, so their rows are whole."""
+    theirs = read_config(base)
+    described = dataclasses.asdict(theirs)
+    for key, value in dataclasses.asdict(config).items():
+        other = described.get(key)
+        if value != other and key not in ("vocab_size", "max_positions", "init_std"):
+            raise CheckpointError(
+                f"{folder}: {key} is {value!r}, and in {base} it is {other!r}; differences to "
+                "another model?"
+            )
+    for (name, delta), (_, whole) in zip(
+        read_params(folder, config), read_params(base, theirs), strict=True
+    ):
+        rows = len(whole)
+        if len(delta) < rows:
+            tensor, _ = TABLES[config.family][name]
+            raise CheckpointError(
+                f"{folder}: tensor {tensor} has {len(delta):,} rows, and that of {base} {rows:,}; "
+                "a delta may have more, not fewer"
+            )
+        if name == "embed.w" and np.linalg.norm(delta[:rows]) > np.linalg.norm(whole) / 2:
+            raise CheckpointError(
+                f"{folder}: its embeddings are as large as those of {base}, so these are whole "
+                "weights and no differences; load it without a base"
+            )
+        yield name, np.concatenate([delta[:rows] + whole, delta[rows:]])
 
 
 def content_hash(folder: str | Path) -> str:

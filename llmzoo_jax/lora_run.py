@@ -49,16 +49,24 @@ def start_state(config: Config, model: ModelConfig, tx, mesh: Mesh, manager) -> 
     return jax.jit(make, out_shardings=shardings)()._replace(base=base)
 
 
-def load_base(folder: str | Path, model: ModelConfig, config: LoraConfig, mesh: Mesh) -> nnx.Module:
-    """The model of a Hugging Face folder, frozen as ``config`` says. What is quantised is so a
-    layer at a time, as it is read: no device ever holds more of it."""
+def load_base(
+    folder: str | Path,
+    model: ModelConfig,
+    config: LoraConfig,
+    mesh: Mesh,
+    *,
+    delta_of: str | Path | None = None,
+) -> nnx.Module:
+    """The model of a Hugging Face folder (``delta_of``: see ``hf.read_params``), frozen as
+    ``config`` says. What is quantised is so a layer at a time, as it is read: no device ever holds
+    more of it."""
     like = models.abstract(model)
     abstract = jax.eval_shape(functools.partial(lora.freeze, config=config), like)
     shardings = jax.tree.leaves(sharding.tree_shardings(abstract, mesh))
     layout = dict(zip(sharding.named_leaves(abstract), shardings, strict=True))
     quantised = lora.TARGETS[model.family].values() if config.quantise != "none" else ()
     placed = {}
-    for name, array in hf.read_params(folder, model):
+    for name, array in hf.read_params(folder, model, delta_of=delta_of):
         path = name.removesuffix(".w")
         if path in quantised:
             weight = _quantise(lora.module(like, path), name, array, config, mesh)

@@ -252,7 +252,7 @@ def as_text(messages: list[Message]) -> str:
 
 def local() -> tuple[Local, str]:
     """The model of the flags, and what to say of it."""
-    model = llmzoo_jax.load(MODEL.value, dtype=DTYPE.value)
+    model = llmzoo_jax.load(MODEL.value, dtype=DTYPE.value, base=BASE.value)
     model.prompt([Message("user", "Hello")])  # raises where the model has no chat format
     context = CONTEXT.value or model.context or 2048
     if model.context and context > model.context:
@@ -274,7 +274,7 @@ def header(model: Model, context: int, max_new_tokens: int) -> str:
 
 
 def remote() -> tuple[Endpoint, str]:
-    for flag in (CONTEXT, DTYPE):
+    for flag in (CONTEXT, DTYPE, BASE):
         if flag.present:
             raise InputError(f"--{flag.name} is for a model folder: an endpoint has its own")
     variable = API_KEY_ENV.value
@@ -320,6 +320,10 @@ if __name__ == "__main__":
     MODEL = flags.DEFINE_string(
         "model", None, "Hugging Face folder or run folder; with --url the model's name there, or "
         "nothing for the first that it lists.",
+    )  # fmt: skip
+    BASE = flags.DEFINE_string(
+        "base", None, "Hugging Face folder to whose weights those of --model are differences; or, "
+        "of an adapter, the base.",
     )  # fmt: skip
     URL = flags.DEFINE_string("url", "", "An endpoint with OpenAI's API: http://localhost:8000/v1.")
     API_KEY_ENV = flags.DEFINE_string(

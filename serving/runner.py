@@ -26,9 +26,9 @@ class EngineOptions:
     least). ``prefill_tokens``: of prompts, in one call. ``window``: steps in one call, and while
     prompts wait to be filled ``short_window``. ``kv_dtype``: "model" or "int8". ``deterministic``:
     the same shapes whatever runs, so that a request's logits are the same to the last bit.
-    ``speculate``: tokens that are guessed from what was said before, and verified in one step,
-    while at most ``speculate_rows`` requests run. ``max_adapters`` LoRA adapters of up to
-    ``max_lora_rank`` can be loaded at a time."""
+    ``speculate``: tokens that are guessed, by a draft model or from what was said before, and
+    verified in one step, while at most ``speculate_rows`` requests run. ``max_adapters`` LoRA
+    adapters of up to ``max_lora_rank`` can be loaded at a time."""
 
     max_batch: int = 64
     context: int = 2048
@@ -45,6 +45,7 @@ class EngineOptions:
     speculate_rows: int = 4
     max_adapters: int = 0
     max_lora_rank: int = 64
+    compile_at: str = "start"
 
     def __post_init__(self):
         for name in (
@@ -70,6 +71,8 @@ class EngineOptions:
             raise InputError("speculate: shapes change, so there is no deterministic mode with it")
         if self.kv_dtype not in ("model", "int8"):
             raise InputError(f"kv_dtype={self.kv_dtype!r}: must be model or int8")
+        if self.compile_at not in ("start", "first_use"):
+            raise InputError(f"compile_at={self.compile_at!r}: must be start or first_use")
 
     @property
     def pages_a_row(self) -> int:
@@ -82,10 +85,12 @@ class EngineOptions:
 
 
 class Runner:
-    """``fill`` and ``decode`` change ``state``; after an error, ``reset`` makes it anew."""
+    """``fill`` and ``decode`` change ``state``; after an error, ``reset`` makes it anew. Without
+    ``scores`` prompts can't be scored, nor answers penalised."""
 
-    def __init__(self, model: Model, options: EngineOptions):
+    def __init__(self, model: Model, options: EngineOptions, *, scores: bool = True):
         self.options = o = options
+        self._scores = scores
         self.config = model.config
         params = model.params
         if o.max_adapters:
@@ -97,7 +102,7 @@ class Runner:
         self._sizes = _sizes(o.max_batch, only_largest=o.deterministic)
         self._blocks = _sizes(o.prefill_tokens // o.page_size, only_largest=o.deterministic)
         self._no_extras = {B: steps.no_extras(B, model.config.vocab_size) for B in self._sizes}
-        self._programs: dict[Any, Any] = {}  # see warm_up
+        self._programs: dict[Any, Any] = {}  # by kind and size
         self._kv_dtype = jnp.int8 if o.kv_dtype == "int8" else jnp.dtype(model.dtype)
         self.reset()
 
@@ -131,7 +136,7 @@ class Runner:
             block[2 + 2 * size : 2 + 2 * size + len(numbers)] = numbers
             tables.append(numbers)
         work = self._pair_up(tables, R)
-        program = self._programs["prefill", R, bool(scored)]
+        program = self._program("prefill", R, bool(scored))
         self.state, scores = program(self._leaves, self.state, blocks, work)
         if scores is not None:
             scores = steps.Scores(*map(np.asarray, scores))
@@ -142,7 +147,7 @@ class Runner:
         """Up to ``limit`` steps of ``rows``, whose pages have room for them; arrays of NumPy."""
         B = next(n for n in self._sizes if n >= len(rows))
         packed, work = self._pack(rows, B)
-        self.state, window = self._programs["decode", B](
+        self.state, window = self._program("decode", B)(
             self._leaves, self.state, packed, work, self._extras(rows, B), np.int32(limit)
         )
         if any(row.request.sampling.logprobs is not None for row in rows):
@@ -157,7 +162,7 @@ class Runner:
         drafts = np.full((B, o.speculate), -1, np.int32)
         for line, guess in zip(drafts, guesses, strict=False):
             line[: len(guess)] = guess
-        self.state, window = self._programs["verify", B](
+        self.state, window = self._program("verify", B)(
             self._leaves, self.state, packed, work, self._extras(rows, B), drafts
         )
         return steps.Window(*map(np.asarray, window))
@@ -173,7 +178,7 @@ class Runner:
         in_prompt = np.zeros(V, bool)
         in_prompt[row.tokens[:n]] = True
         counts = np.bincount(np.asarray(row.tokens[n:], np.int64), minlength=V).astype(np.int16)
-        self.state = self._programs["set_counts"](self.state, np.int32(row.slot), in_prompt, counts)
+        self.state = self._program("set_counts")(self.state, np.int32(row.slot), in_prompt, counts)
 
     def put_adapter(self, slot: int, weights: lora.Adapters) -> None:
         """Writes an adapter into a slot that no row has; from any thread."""
@@ -182,31 +187,38 @@ class Runner:
 
     def warm_up(self) -> None:
         """Compiles every program, and keeps them: no call compiles later."""
+        o = self.options
+        names = [("decode", B) for B in self._sizes]
+        if o.speculate:
+            names += [("verify", B) for B in self._sizes if o.speculate_rows >= B]
+        names += [("prefill", R, False) for R in self._blocks]
+        if self._scores:
+            names += [("prefill", self.most_pages(scored=True), True), ("set_counts",)]
+        for name in names:
+            self._program(*name)
+
+    def _program(self, *name: Any) -> Any:
+        if name not in self._programs:
+            self._programs[name] = self._lower(*name).compile()
+        return self._programs[name]
+
+    def _lower(self, kind: str, size: int = 0, scored: bool = False) -> Any:
         o, static = self.options, self._static
         V, S = self.config.vocab_size, o.page_size
-        lowered = {}
-        for B in self._sizes:
-            args = (
-                self._leaves, self.state, steps.pack_rows(B, o.pages_a_row + 1),
-                self._pair_up([], B), self._no_extras[B],
-            )  # fmt: skip
-            lowered["decode", B] = steps.decode.lower(*args, np.int32(1), window=o.window, **static)
-            if o.speculate and o.speculate_rows >= B:
-                drafts = np.full((B, o.speculate), -1, np.int32)
-                lowered["verify", B] = steps.verify.lower(*args, drafts, **static)
-        for R in self._blocks:
-            blocks = np.zeros((R, 2 + 2 * S + o.pages_a_row + 1), np.int32)
-            args = (self._leaves, self.state, blocks, self._pair_up([], R))
-            lowered["prefill", R, False] = steps.prefill.lower(*args, scored=False, **static)
-        R = self.most_pages(scored=True)
-        blocks = np.zeros((R, 2 + 2 * S + o.pages_a_row + 1), np.int32)
-        lowered["prefill", R, True] = steps.prefill.lower(
-            self._leaves, self.state, blocks, self._pair_up([], R), scored=True, **static
-        )
-        lowered["set_counts"] = steps.set_counts.lower(
-            self.state, np.int32(0), np.zeros(V, bool), np.zeros(V, np.int16)
-        )
-        self._programs = {name: program.compile() for name, program in lowered.items()}
+        if kind == "set_counts":
+            counts = np.zeros(V, np.int16)
+            return steps.set_counts.lower(self.state, np.int32(0), np.zeros(V, bool), counts)
+        work = self._pair_up([], size)
+        if kind == "prefill":
+            blocks = np.zeros((size, 2 + 2 * S + o.pages_a_row + 1), np.int32)
+            return steps.prefill.lower(
+                self._leaves, self.state, blocks, work, scored=scored, **static
+            )
+        rows = steps.pack_rows(size, o.pages_a_row + 1)
+        args = (self._leaves, self.state, rows, work, self._no_extras[size])
+        if kind == "verify":
+            return steps.verify.lower(*args, np.full((size, o.speculate), -1, np.int32), **static)
+        return steps.decode.lower(*args, np.int32(1), window=o.window, **static)
 
     def _pair_up(self, tables: Sequence[Sequence[int]], rows: int) -> steps.Work:
         width = 8 if rows <= 4 else 16

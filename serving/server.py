@@ -142,7 +142,7 @@ def read_adapter(item: str) -> tuple[str, str]:
 def main(_) -> None:
     http.start_log()
     keys = read_keys(API_KEYS_FILE.value)
-    model = llmzoo_jax.load(MODEL.value, dtype=DTYPE.value, weights=WEIGHTS.value)
+    model = llmzoo_jax.load(MODEL.value, dtype=DTYPE.value, weights=WEIGHTS.value, base=BASE.value)
     at_start = dict(read_adapter(item) for item in ADAPTERS.value)
     more = MAX_ADAPTERS.value if ADAPTERS_DIR.value else 0
     if model.tokenizer is None:
@@ -161,6 +161,7 @@ def main(_) -> None:
             max_lora_rank=MAX_LORA_RANK.value,
             speculate=SPECULATE.value,
         ),
+        draft=llmzoo_jax.load(DRAFT.value, dtype=DTYPE.value) if DRAFT.value else None,
     )
     name = NAME.value or Path(MODEL.value).resolve().name
     for adapter, folder in at_start.items():
@@ -196,6 +197,10 @@ def main(_) -> None:
 
 if __name__ == "__main__":
     MODEL = flags.DEFINE_string("model", None, "Hugging Face folder or run folder.", required=True)
+    BASE = flags.DEFINE_string(
+        "base", None, "Hugging Face folder to whose weights those of --model are differences; or, "
+        "of an adapter, the base.",
+    )  # fmt: skip
     NAME = flags.DEFINE_string("name", "", "What clients call the model; empty: the folder's name.")
     HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen at; 0.0.0.0: all.")
     PORT = flags.DEFINE_integer("port", 8000, "Port to listen at.", 0, 65535)
@@ -205,9 +210,12 @@ if __name__ == "__main__":
         "take less memory and, on a CPU, more time.",
     )  # fmt: skip
     SPECULATE = flags.DEFINE_integer(
-        "speculate", 0, "Guess so many tokens from what was said before, while few requests run: "
-        "the same tokens, faster where answers repeat the prompt.", 0,
+        "speculate", 0, "Guess so many tokens, while few requests run: the same tokens, faster. "
+        "From what was said before, which answers may repeat, or by --draft_model.", 0,
     )  # fmt: skip
+    DRAFT = flags.DEFINE_string(
+        "draft_model", "", "Folder of a much smaller model with the same tokens, which guesses."
+    )
     ADAPTERS = flags.DEFINE_list(
         "adapters", [], "LoRA adapters in PEFT's format, NAME=FOLDER; clients ask for model NAME."
     )

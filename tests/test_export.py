@@ -16,7 +16,8 @@ from llmzoo_jax.checkpoint import RunError
 from llmzoo_jax.config import MeshConfig, OptimConfig
 from llmzoo_jax.conversation import FORMATS, Message
 from llmzoo_jax.export import ExportError, export
-from llmzoo_jax.inference import find_format, load_model
+from llmzoo_jax.inference import find_format
+from llmzoo_jax.loading import load_model
 from llmzoo_jax.optim import make_optimizer
 from llmzoo_jax.sharding import make_mesh, named_leaves
 from llmzoo_jax.tokenizer import encode_prompt, load_tokenizer, resolve_format

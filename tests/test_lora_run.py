@@ -142,6 +142,7 @@ def test_transformers_with_peft_reads_the_adapter(finished, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_run_that_starts_from_an_adapter_goes_on_with_its_numbers(
     finished, folder, base, tmp_path
 ):
@@ -159,7 +160,7 @@ def test_a_run_that_starts_from_an_adapter_goes_on_with_its_numbers(
 # --- the base -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("quantise", ["none", "int8", "nf4"])
+@pytest.mark.parametrize("quantise", ["none", "int8", pytest.param("nf4", marks=pytest.mark.slow)])
 def test_a_base_is_read_as_it_is_frozen_in_memory(quantise, base):
     """Layer by layer, onto eight devices."""
     options = dataclasses.replace(LORA, quantise=quantise, base_dtype="bfloat16")
@@ -220,11 +221,14 @@ def test_only_a_lora_run_has_an_adapter(tmp_path, finished):
         export(finished, tmp_path / "x", content="adapter", dtype="bfloat16")
 
 
-def test_an_adapter_whose_base_is_not_here_says_so(finished, tmp_path):
+def test_an_adapter_whose_base_is_not_here_says_so(finished, base, tmp_path):
     out = export(finished, tmp_path / "adapter", content="adapter")
+    want = load(out)
     path = out / peft_format.CONFIG
     path.write_text(
         json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "some/model"})
     )
     with pytest.raises(LoadError, match=r"base_model_name_or_path is 'some/model', which is no"):
         load(out)
+    model = load(out, base=base)
+    jax.tree.map(np.testing.assert_array_equal, model.params, want.params)
