@@ -14,38 +14,45 @@ import re
 from collections import Counter
 from typing import Any, Literal, NamedTuple
 
+from jax.interpreters.partial_eval import dce_jaxpr
+
 # --- FLOPs of a traced program ------------------------------------------------------------------
 
 
 class Flops(NamedTuple):
-    """A multiplication and an addition are two. ``attention`` are products with batch axes."""
+    """A multiplication and an addition are two. ``attention`` are products with batch axes,
+    ``eight_bits`` those of the projections whose operands have 8 bits."""
 
     projections: int
     attention: int
+    eight_bits: int
 
 
-def count_flops(jaxpr: Any) -> Flops:
+def count_flops(closed: Any) -> Flops:
     """FLOPs of the products in a closed jaxpr, a scan's body times its length; the whole program's,
-    not a device's."""
-    projections = attention = 0
+    not a device's. What nothing needs (gradients of frozen weights) the compiler drops, too."""
+    return _count(dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))[0])
+
+
+def _count(jaxpr: Any) -> Flops:
+    total = Flops(0, 0, 0)
     for eqn in jaxpr.eqns:
         times, inner = 1, []
         if eqn.primitive.name == "dot_general":
             (contract, _), (batch, _) = eqn.params["dimension_numbers"]
             lhs = eqn.invars[0].aval
             flops = 2 * eqn.outvars[0].aval.size * math.prod(lhs.shape[i] for i in contract)
-            projections, attention = (
-                (projections, attention + flops) if batch else (projections + flops, attention)
-            )
+            eight_bits = 0 if batch or lhs.dtype.itemsize > 1 else flops
+            inner = [Flops(0, flops, 0) if batch else Flops(flops, 0, eight_bits)]
         elif eqn.primitive.name == "cond":
-            inner = [max((count_flops(b.jaxpr) for b in eqn.params["branches"]), key=sum)]
+            branches = [_count(b.jaxpr) for b in eqn.params["branches"]]
+            inner = [max(branches, key=lambda f: f.projections + f.attention)]
         else:
             times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
             times *= eqn.params["mesh"].size if eqn.primitive.name == "shard_map" else 1
-            inner = [count_flops(j) for j in _jaxprs(eqn.params)]
-        projections += times * sum(f.projections for f in inner)
-        attention += times * sum(f.attention for f in inner)
-    return Flops(projections, attention)
+            inner = [_count(j) for j in _jaxprs(eqn.params)]
+        total = Flops(*(n + times * sum(f[i] for f in inner) for i, n in enumerate(total)))
+    return total
 
 
 def _jaxprs(params: dict[str, Any]) -> list[Any]:

@@ -18,9 +18,27 @@ def layers(x, ws):
 def test_a_scan_counts_all_its_turns():
     x, ws = jnp.zeros((ROWS, WIDTH)), jnp.zeros((LAYERS, WIDTH, WIDTH))
     one = 2 * ROWS * WIDTH * WIDTH
-    assert program.count_flops(jax.make_jaxpr(layers)(x, ws)) == (LAYERS * one, 0)
+    assert program.count_flops(jax.make_jaxpr(layers)(x, ws)) == (LAYERS * one, 0, 0)
     grads = jax.make_jaxpr(jax.grad(layers, argnums=(0, 1)))(x, ws)
-    assert program.count_flops(grads) == (3 * LAYERS * one, 0)
+    assert program.count_flops(grads) == (3 * LAYERS * one, 0, 0)
+
+
+def test_what_nothing_needs_is_not_counted():
+    """Of two products in each turn, one goes nowhere."""
+    x, ws = jnp.zeros((ROWS, WIDTH)), jnp.zeros((LAYERS, WIDTH, WIDTH))
+
+    def step(x, ws):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), x @ x.T), x, ws)[0].sum()
+
+    one = 2 * ROWS * WIDTH * WIDTH
+    assert program.count_flops(jax.make_jaxpr(step)(x, ws)) == (LAYERS * one, 0, 0)
+
+
+def test_products_of_numbers_of_8_bits_are_counted_apart():
+    x, w = jnp.zeros((ROWS, WIDTH), jnp.int8), jnp.zeros((WIDTH, WIDTH), jnp.int8)
+    one = 2 * ROWS * WIDTH * WIDTH
+    both = jax.make_jaxpr(lambda x, w: (x @ w, x.astype(jnp.float32) @ w.astype(jnp.float32)))(x, w)
+    assert program.count_flops(both) == (2 * one, 0, one)
 
 
 def test_products_with_batch_axes_are_attention_and_a_branch_counts_at_its_most():
@@ -30,7 +48,7 @@ def test_products_with_batch_axes_are_attention_and_a_branch_counts_at_its_most(
 
     q = jnp.zeros((3, 4, 5))
     flops = program.count_flops(jax.make_jaxpr(step)(q, q))
-    assert flops == (2 * 3 * 4 * 4 * 4, 2 * 3 * 4 * 4 * 5)
+    assert flops == (2 * 3 * 4 * 4 * 4, 2 * 3 * 4 * 4 * 5, 0)
 
 
 def test_a_function_of_each_device_counts_for_all_of_them():
@@ -40,7 +58,7 @@ def test_a_function_of_each_device_counts_for_all_of_them():
         jnp.dot, mesh=mesh, in_specs=(PartitionSpec("a"), PartitionSpec()),
         out_specs=PartitionSpec("a"),
     )  # fmt: skip
-    assert program.count_flops(jax.make_jaxpr(split)(x, w)) == (2 * ROWS * WIDTH * WIDTH, 0)
+    assert program.count_flops(jax.make_jaxpr(split)(x, w)) == (2 * ROWS * WIDTH * WIDTH, 0, 0)
 
 
 @pytest.fixture(scope="module")

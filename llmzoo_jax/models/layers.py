@@ -36,13 +36,18 @@ def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
     return jax.lax.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ())))
 
 
+def weight_gradient(x: jax.Array, dy: jax.Array) -> jax.Array:
+    """``dw[K,N]`` of ``x[...,K] @ w`` from ``dy[...,N]``."""
+    lead = tuple(range(x.ndim - 1))
+    if x.shape[-1] <= dy.shape[-1]:
+        return jax.lax.dot_general(x, dy, ((lead, lead), ((), ())))
+    return jax.lax.dot_general(dy, x, ((lead, lead), ((), ()))).T
+
+
 def _matmul_backward(saved, dy):  # dy[...,N]
     x, w = saved
-    lead = tuple(range(x.ndim - 1))
     dx = jax.lax.dot_general(dy, w, (((dy.ndim - 1,), (1,)), ((), ())))
-    if w.shape[0] <= w.shape[1]:
-        return dx, jax.lax.dot_general(x, dy, ((lead, lead), ((), ())))
-    return dx, jax.lax.dot_general(dy, x, ((lead, lead), ((), ()))).T
+    return dx, weight_gradient(x, dy)
 
 
 matmul.defvjp(lambda x, w: (matmul(x, w), (x, w)), _matmul_backward)
