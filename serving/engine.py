@@ -8,7 +8,6 @@ tokens of a request depend on its prompt, its parameters and its seed, and on no
 from __future__ import annotations
 
 import collections
-import dataclasses
 import logging
 import threading
 import time
@@ -23,6 +22,7 @@ from serving.pages import Page, PagePool
 from serving.requests import Closed, OnOutput, Output, QueueFull, Request, Stats
 from serving.rows import Row
 from serving.runner import EngineOptions, Runner
+from serving.speculation import Draft, look_up
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,9 @@ log = logging.getLogger(__name__)
 class Engine:
     """``start()``, then ``submit()`` from any thread; ``on_output`` is called in the engine's."""
 
-    def __init__(self, model: Model, options: EngineOptions | None = None):
+    def __init__(
+        self, model: Model, options: EngineOptions | None = None, *, draft: Model | None = None
+    ):
         self.options = o = options or EngineOptions()
         if model.context is not None and o.context > model.context:
             raise InputError(f"context={o.context}: the model has {model.context} positions")
@@ -40,6 +42,7 @@ class Engine:
         self.pool = PagePool(o.num_pages, o.page_size)
         self.ready = False
         self._runner = Runner(model, o)
+        self._draft = None if draft is None else Draft(draft, model, o)
         self._waiting: collections.deque[Row] = collections.deque()
         self._running: list[Row] = []  # in the order in which they came in
         self._slots = list(range(o.max_batch))[::-1]
@@ -57,9 +60,12 @@ class Engine:
     # --- from any thread ---
 
     def start(self) -> None:
-        """Compiles all programs, then takes requests."""
+        """Compiles all programs, unless they wait for their first use, then takes requests."""
         jax.monitoring.register_event_duration_secs_listener(self._on_event)
-        self._runner.warm_up()
+        if self.options.compile_at == "start":
+            self._runner.warm_up()
+            if self._draft is not None:
+                self._draft.warm_up()
         self.ready = True
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -264,16 +270,16 @@ class Engine:
         if any(not row.started or row.request.grammar is not None for row in ready):
             limit = 1
         limit = min(limit, max(row.left for row in ready))
-        guesses = None if pending else self._guess(ready)
-        if guesses is not None:
-            limit = o.speculate + 1
-        ready = self._grow(ready, limit)
+        guessing = o.speculate and not pending and len(ready) <= o.speculate_rows
+        ready = self._grow(ready, max(limit, o.speculate + 1) if guessing else limit)
         began = time.monotonic()
+        guess = look_up if self._draft is None else self._draft.guess
+        guesses = guess(ready, o.speculate) if guessing else None
         if guesses is None:
             window = self._runner.decode(ready, limit)
         else:
-            window = self._runner.verify(ready, [guesses[row] for row in ready])
-            self._counts["guessed"] += sum(map(len, guesses.values()))
+            window = self._runner.verify(ready, guesses)
+            self._counts["guessed"] += sum(map(len, guesses))
             self._counts["right"] += int((window.tokens[1:, : len(ready)] >= 0).sum())
         self._step_seconds = time.monotonic() - began
         for column, row in enumerate(ready):
@@ -283,7 +289,7 @@ class Engine:
             for page in row.pages[: -(-(len(row.tokens) - 1) // o.page_size)]:
                 page.written = True
             if row.request.grammar is not None:
-                output = _advance(row, output, before)
+                output = row.advance(output, before)
             if output is None:
                 continue
             if output.finish_reason is not None:
@@ -291,14 +297,8 @@ class Engine:
             else:
                 self._publish(row)
                 self._say(row, output)
-
-    def _guess(self, ready: list[Row]) -> dict[Row, list[int]] | None:
-        """Guesses for the rows, where half of them have any."""
-        o = self.options
-        if not o.speculate or len(ready) > o.speculate_rows:
-            return None
-        guesses = {row: row.guess(o.speculate) if row.free else [] for row in ready}
-        return guesses if 2 * sum(map(bool, guesses.values())) >= len(ready) else None
+        if guesses is not None and self._draft is not None:
+            self._draft.follow(ready, guesses)
 
     def _grow(self, ready: list[Row], steps_ahead: int) -> list[Row]:
         """Gives every row the pages of its next steps. Where there are none left, the row that came
@@ -356,6 +356,8 @@ class Engine:
             self._finish(row, Output([], "error", error=f"{type(error).__name__}: {error}"))
         self.pool.forget()
         self._runner.reset()
+        if self._draft is not None:
+            self._draft.reset()
 
     # --- helpers ---
 
@@ -385,16 +387,3 @@ class Engine:
         here = threading.current_thread() is self._thread
         if here and name == "/jax/core/compile/backend_compile_duration":
             self._compiled += 1
-
-
-def _advance(row: Row, output: Output | None, before: int) -> Output | None:
-    """Moves the row's grammar on; an error of it ends the request, not the engine."""
-    if output is None:
-        return None
-    try:
-        for token in row.tokens[before:]:
-            row.request.grammar.advance(token)
-    except Exception as error:
-        log.exception("the grammar of request %s failed", row.request.id)
-        return dataclasses.replace(output, finish_reason="error", error=f"grammar: {error}")
-    return output

@@ -19,15 +19,15 @@ class EngineModel:
     """A model whose ``generate`` runs on an engine: rows of any lengths, none waits for another.
     All else is the model's own. The tokens are the same. The engine starts when it is needed."""
 
-    def __init__(self, model: Model, options: EngineOptions):
-        self._model, self._options = model, options
+    def __init__(self, model: Model, options: EngineOptions, draft: Model | None = None):
+        self._model, self._options, self._draft = model, options, draft
         self._running: Engine | None = None
         self._ids = itertools.count()
 
     @property
     def _engine(self) -> Engine:
         if self._running is None:
-            self._running = Engine(self._model, self._options)
+            self._running = Engine(self._model, self._options, draft=self._draft)
             self._running.start()
         return self._running
 
@@ -90,14 +90,13 @@ class EngineModel:
 
 @contextlib.contextmanager
 def on_engine(
-    model: Model, *, max_batch: int, context: int = 0, **options: Any
+    model: Model, *, max_batch: int, context: int = 0, draft: Model | None = None, **options: Any
 ) -> Iterator[EngineModel]:
-    """``context``: tokens of a prompt and its answer; 0: the model's, up to LONGEST. ``options``:
-    others of ``EngineOptions``."""
+    """``context``: tokens of a prompt and its answer; 0: the model's, up to LONGEST. ``draft``
+    guesses, with ``speculate``. ``options``: others of ``EngineOptions``."""
     context = context or min(model.context or LONGEST, LONGEST)
-    fast = EngineModel(
-        model, EngineOptions(max_batch=max_batch, context=context, max_waiting=2**31, **options)
-    )
+    fixed = {"max_batch": max_batch, "context": context, "max_waiting": 2**31}
+    fast = EngineModel(model, EngineOptions(**fixed, compile_at="first_use", **options), draft)
     try:
         yield fast
     finally:

@@ -18,11 +18,13 @@ _serials = itertools.count()
 @dataclass(eq=False, slots=True)
 class Page:
     """``number`` is its place in the cache. ``written``: its keys and values are there, or will be
-    before anything that is computed later."""
+    before anything that is computed later. ``drafted``: of how many of its tokens a draft model has
+    them, too (``speculation``)."""
 
     number: int
     users: int = 1
     written: bool = False
+    drafted: int = 0
     key: Hashable | None = None  # where it is published
     serial: int = field(default_factory=lambda: next(_serials))  # never used again, as numbers are
 

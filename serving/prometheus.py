@@ -23,6 +23,8 @@ COUNTERS = {  # tokens a second are rates of these
     "prompt_tokens": ("llmzoo_prompt_tokens", "Tokens of prompts."),
     "cached_tokens": ("llmzoo_prompt_tokens_cached", "Tokens of prompts found in the cache."),
     "generated_tokens": ("llmzoo_generated_tokens", "Tokens that were generated."),
+    "guessed_tokens": ("llmzoo_guessed_tokens", "Tokens that speculation guessed."),
+    "right_tokens": ("llmzoo_guessed_tokens_right", "Guessed tokens that were right."),
     "preemptions": ("llmzoo_preemptions", "Requests put back into the queue for lack of pages."),
     "compilations_after_ready": ("llmzoo_compilations_after_ready", "Should be 0."),
 }

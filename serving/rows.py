@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
@@ -11,6 +13,7 @@ from serving.pages import Page
 from serving.requests import Logprob, OnOutput, Output, Request
 from serving.steps import FLOATS, INTS, STOPS, Scores, Window
 
+log = logging.getLogger(__name__)
 LONGEST_LOOP = 32  # tokens that ``repetition_stop`` takes for one round
 
 
@@ -52,16 +55,6 @@ class Row:
         s = self.request.sampling
         ruled = self.penalised or s.logit_bias or self.request.grammar is not None
         return not ruled and self.generated >= s.min_tokens
-
-    def guess(self, count: int) -> list[int]:
-        """``count`` tokens at most that may come next: those after the newest earlier place with
-        the same last tokens (prompt look-up decoding; Saxena, 2023)."""
-        for n in (3, 2):
-            end = self.tokens[-n:]
-            for at in range(len(self.tokens) - n - 1, -1, -1):
-                if self.tokens[at : at + n] == end:
-                    return self.tokens[at + n : at + n + count]
-        return []
 
     def pack(self, into: np.ndarray) -> None:
         """Its line of ``steps.pack_rows``."""
@@ -123,6 +116,19 @@ class Row:
         return self.say(
             Output(new, reason, logprobs if s.logprobs is not None else None, stop_token=stop)
         )
+
+    def advance(self, output: Output | None, before: int) -> Output | None:
+        """Moves its grammar on over the tokens from ``before``; an error of it ends the request,
+        not the engine."""
+        if output is None:
+            return None
+        try:
+            for token in self.tokens[before:]:
+                self.request.grammar.advance(token)
+        except Exception as error:
+            log.exception("the grammar of request %s failed", self.request.id)
+            return dataclasses.replace(output, finish_reason="error", error=f"grammar: {error}")
+        return output
 
     def say(self, output: Output) -> Output:
         """``output``, with what comes once if it is the first one."""

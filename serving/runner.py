@@ -25,9 +25,9 @@ class EngineOptions:
     least). ``prefill_tokens``: of prompts, in one call. ``window``: steps in one call, and while
     prompts wait to be filled ``short_window``. ``kv_dtype``: "model" or "int8". ``deterministic``:
     the same shapes whatever runs, so that a request's logits are the same to the last bit.
-    ``speculate``: tokens that are guessed from what was said before, and verified in one step,
-    while at most ``speculate_rows`` requests run. ``max_adapters`` LoRA adapters of up to
-    ``max_lora_rank`` can be loaded at a time."""
+    ``speculate``: tokens that are guessed, by a draft model or from what was said before, and
+    verified in one step, while at most ``speculate_rows`` requests run. ``max_adapters`` LoRA
+    adapters of up to ``max_lora_rank`` can be loaded at a time."""
 
     max_batch: int = 64
     context: int = 2048
@@ -44,6 +44,7 @@ class EngineOptions:
     speculate_rows: int = 4
     max_adapters: int = 0
     max_lora_rank: int = 64
+    compile_at: str = "start"
 
     def __post_init__(self):
         for name in (
@@ -69,6 +70,8 @@ class EngineOptions:
             raise InputError("speculate: shapes change, so there is no deterministic mode with it")
         if self.kv_dtype not in ("model", "int8"):
             raise InputError(f"kv_dtype={self.kv_dtype!r}: must be model or int8")
+        if self.compile_at not in ("start", "first_use"):
+            raise InputError(f"compile_at={self.compile_at!r}: must be start or first_use")
 
     @property
     def pages_a_row(self) -> int:
@@ -81,10 +84,12 @@ class EngineOptions:
 
 
 class Runner:
-    """``fill`` and ``decode`` change ``state``; after an error, ``reset`` makes it anew."""
+    """``fill`` and ``decode`` change ``state``; after an error, ``reset`` makes it anew. Without
+    ``scores`` prompts can't be scored, nor answers penalised."""
 
-    def __init__(self, model: Model, options: EngineOptions):
+    def __init__(self, model: Model, options: EngineOptions, *, scores: bool = True):
         self.options = o = options
+        self._scores = scores
         self.config, self.mesh = model.config, model.mesh
         params = model.params
         if o.max_adapters:
@@ -102,7 +107,7 @@ class Runner:
             B: jax.device_put(steps.no_extras(B, model.config.vocab_size), self._everywhere)
             for B in self._sizes
         }
-        self._programs: dict[Any, Any] = {}  # see warm_up
+        self._programs: dict[Any, Any] = {}  # by kind and size
         self._kv_dtype = jnp.int8 if o.kv_dtype == "int8" else jnp.dtype(model.dtype)
         self.reset()
 
@@ -135,7 +140,7 @@ class Runner:
             block[2 + 2 * size : 2 + 2 * size + len(numbers)] = numbers
             tables.append(numbers)
         work = self._pair_up(tables, R)
-        program = self._programs["prefill", R, bool(scored)]
+        program = self._program("prefill", R, bool(scored))
         self.state, scores = program(self._leaves, self.state, blocks, work)
         if scores is not None:
             scores = steps.Scores(*map(np.asarray, scores))
@@ -146,7 +151,7 @@ class Runner:
         """Up to ``limit`` steps of ``rows``, whose pages have room for them; arrays of NumPy."""
         B = next(n for n in self._sizes if n >= len(rows))
         packed, work = self._pack(rows, B)
-        self.state, window = self._programs["decode", B](
+        self.state, window = self._program("decode", B)(
             self._leaves, self.state, packed, work, self._extras(rows, B), np.int32(limit)
         )
         if any(row.request.sampling.logprobs is not None for row in rows):
@@ -161,7 +166,7 @@ class Runner:
         drafts = np.full((B, o.speculate), -1, np.int32)
         for line, guess in zip(drafts, guesses, strict=False):
             line[: len(guess)] = guess
-        self.state, window = self._programs["verify", B](
+        self.state, window = self._program("verify", B)(
             self._leaves, self.state, packed, work, self._extras(rows, B), drafts
         )
         return steps.Window(*map(np.asarray, window))
@@ -177,7 +182,7 @@ class Runner:
         in_prompt = np.zeros(V, bool)
         in_prompt[row.tokens[:n]] = True
         counts = np.bincount(np.asarray(row.tokens[n:], np.int64), minlength=V).astype(np.int16)
-        self.state = self._programs["set_counts"](self.state, np.int32(row.slot), in_prompt, counts)
+        self.state = self._program("set_counts")(self.state, np.int32(row.slot), in_prompt, counts)
 
     def put_adapter(self, slot: int, weights: lora.Adapters) -> None:
         """Writes an adapter into a slot that no row has; from any thread."""
@@ -186,15 +191,18 @@ class Runner:
 
     def warm_up(self) -> None:
         """Compiles every program, and keeps them: no call compiles later."""
-        with sharding.use(self.mesh):
-            lowered = {
-                name: programs.lower(
+        for name in programs.names(self.options, scores=self._scores):
+            self._program(*name)
+
+    def _program(self, *name: Any) -> Any:
+        if name not in self._programs:
+            with sharding.use(self.mesh):
+                lowered = programs.lower(
                     name, self.options, self.config, self._leaves, self.state,
                     platform=self._platform, everywhere=self._everywhere, **self._static,
-                )
-                for name in programs.names(self.options)
-            }  # fmt: skip
-        self._programs = {name: program.compile() for name, program in lowered.items()}
+                )  # fmt: skip
+                self._programs[name] = lowered.compile()
+        return self._programs[name]
 
     def _pair_up(self, tables: Sequence[Sequence[int]], rows: int) -> steps.Work:
         return programs.pair_up(self.options, self._platform, tables, rows)

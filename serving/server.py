@@ -163,6 +163,7 @@ def main(_) -> None:
             max_lora_rank=MAX_LORA_RANK.value,
             speculate=SPECULATE.value,
         ),
+        draft=llmzoo_jax.load(DRAFT.value, dtype=DTYPE.value) if DRAFT.value else None,
     )
     name = NAME.value or Path(MODEL.value).resolve().name
     for adapter, folder in at_start.items():
@@ -213,9 +214,12 @@ if __name__ == "__main__":
     )  # fmt: skip
     TENSOR = flags.DEFINE_integer("tensor", 1, "Split the model over so many devices, by heads.", 1)
     SPECULATE = flags.DEFINE_integer(
-        "speculate", 0, "Guess so many tokens from what was said before, while few requests run: "
-        "the same tokens, faster where answers repeat the prompt.", 0,
+        "speculate", 0, "Guess so many tokens, while few requests run: the same tokens, faster. "
+        "From what was said before, which answers may repeat, or by --draft_model.", 0,
     )  # fmt: skip
+    DRAFT = flags.DEFINE_string(
+        "draft_model", "", "Folder of a much smaller model with the same tokens, which guesses."
+    )
     ADAPTERS = flags.DEFINE_list(
         "adapters", [], "LoRA adapters in PEFT's format, NAME=FOLDER; clients ask for model NAME."
     )

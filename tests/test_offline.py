@@ -1,8 +1,11 @@
 """``generate`` on an engine is ``generate`` of the model."""
 
+import dataclasses
+
 import pytest
 
 import llmzoo_jax
+from llmzoo_jax.errors import InputError
 from serving.offline import on_engine
 from tests.tiny_runs import make_run
 
@@ -33,6 +36,17 @@ def test_a_stop_string_ends_a_row_and_nothing_else(models):
     got = fast.generate(TEXTS, max_new_tokens=20, stop=stop)
     assert got == model.generate(TEXTS, max_new_tokens=20, stop=stop)
     assert got[0].finish_reason == "stop"
+
+
+def test_a_draft_is_the_engines(models):
+    model, _ = models
+    config = dataclasses.replace(model.config, vocab_size=619)
+    draft = dataclasses.replace(model, config=config)
+    with (
+        on_engine(model, max_batch=2, draft=draft, speculate=2) as fast,
+        pytest.raises(InputError, match=r"draft_model=.* has 619 tokens"),
+    ):
+        fast.generate([[5]])
 
 
 def test_all_else_is_the_models_own(models):
