@@ -47,19 +47,21 @@ def pair_up(options: Any, platform: str, tables: Sequence[Sequence[int]], rows: 
     return steps.pair_up(tables, lines=lines, width=width, apart=apart)
 
 
-def names(options: Any, *, scores: bool = True) -> list[Any]:
-    """Of all programs: their kind, and what it has sizes of. ``scores``: see ``runner.Runner``."""
+def names(options: Any, *, scores: bool) -> list[tuple[Any, ...]]:
+    """Of all programs: their kind, and what it has sizes of. Without ``scores``, those that score
+    prompts and count tokens are left out."""
     o, rows = options, row_sizes(options)
-    return [
-        *(("decode", B) for B in rows),
-        *(("verify", B) for B in rows if o.speculate and o.speculate_rows >= B),
-        *(("prefill", R, False) for R in page_sizes(o)),
-        *((("prefill", most_pages(o, scored=True), True), "set_counts") if scores else ()),
-    ]
+    found = [("decode", B) for B in rows]
+    if o.speculate:
+        found += [("verify", B) for B in rows if o.speculate_rows >= B]
+    found += [("prefill", R, False) for R in page_sizes(o)]
+    if scores:
+        found += [("prefill", most_pages(o, scored=True), True), ("set_counts",)]
+    return found
 
 
 def lower(
-    name: Any,
+    name: tuple[Any, ...],
     options: Any,
     config: Any,
     leaves: Sequence[Any],
@@ -80,7 +82,7 @@ def lower(
         )
 
     match name:
-        case "set_counts":
+        case ("set_counts",):
             counts = np.int32(0), np.zeros(V, bool), np.zeros(V, np.int16)
             return steps.set_counts.lower(state, *given(counts))
         case ("prefill", R, scored):

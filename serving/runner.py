@@ -107,7 +107,7 @@ class Runner:
             B: jax.device_put(steps.no_extras(B, model.config.vocab_size), self._everywhere)
             for B in self._sizes
         }
-        self._programs: dict[Any, Any] = {}  # by their names
+        self._programs: dict[Any, Any] = {}  # by kind and size
         self._kv_dtype = jnp.int8 if o.kv_dtype == "int8" else jnp.dtype(model.dtype)
         self.reset()
 
@@ -140,7 +140,7 @@ class Runner:
             block[2 + 2 * size : 2 + 2 * size + len(numbers)] = numbers
             tables.append(numbers)
         work = self._pair_up(tables, R)
-        program = self._program(("prefill", R, bool(scored)))
+        program = self._program("prefill", R, bool(scored))
         self.state, scores = program(self._leaves, self.state, blocks, work)
         if scores is not None:
             scores = steps.Scores(*map(np.asarray, scores))
@@ -151,7 +151,7 @@ class Runner:
         """Up to ``limit`` steps of ``rows``, whose pages have room for them; arrays of NumPy."""
         B = next(n for n in self._sizes if n >= len(rows))
         packed, work = self._pack(rows, B)
-        self.state, window = self._program(("decode", B))(
+        self.state, window = self._program("decode", B)(
             self._leaves, self.state, packed, work, self._extras(rows, B), np.int32(limit)
         )
         if any(row.request.sampling.logprobs is not None for row in rows):
@@ -166,7 +166,7 @@ class Runner:
         drafts = np.full((B, o.speculate), -1, np.int32)
         for line, guess in zip(drafts, guesses, strict=False):
             line[: len(guess)] = guess
-        self.state, window = self._program(("verify", B))(
+        self.state, window = self._program("verify", B)(
             self._leaves, self.state, packed, work, self._extras(rows, B), drafts
         )
         return steps.Window(*map(np.asarray, window))
@@ -192,16 +192,16 @@ class Runner:
     def warm_up(self) -> None:
         """Compiles every program, and keeps them: no call compiles later."""
         for name in programs.names(self.options, scores=self._scores):
-            self._program(name)
+            self._program(*name)
 
-    def _program(self, name: Any) -> Any:
+    def _program(self, *name: Any) -> Any:
         if name not in self._programs:
             with sharding.use(self.mesh):
                 lowered = programs.lower(
                     name, self.options, self.config, self._leaves, self.state,
                     platform=self._platform, everywhere=self._everywhere, **self._static,
                 )  # fmt: skip
-            self._programs[name] = lowered.compile()
+                self._programs[name] = lowered.compile()
         return self._programs[name]
 
     def _pair_up(self, tables: Sequence[Sequence[int]], rows: int) -> steps.Work:

@@ -18,8 +18,9 @@ from llmzoo_jax.sharding import per_device
 
 
 class Pages(NamedTuple):
-    """``values[P,K,S,H]``; where they are int8, ``scale`` is float32 ``[P,K,S]``. Page 0 belongs to
-    nobody: rows that are not in use write there."""
+    """``values[P,K,S,H]``; where they are int8, ``scale`` is float32 ``[P,K,S]``. bfloat16 is held
+    as its bits, uint16: to change or take a part of a bfloat16 array, XLA's CPU backend makes all
+    of it float32. Page 0 belongs to nobody: rows that are not in use write there."""
 
     values: jax.Array
     scale: jax.Array | None = None
@@ -53,7 +54,8 @@ def init_pages(
     """``device``: one, or a sharding."""
     shape = (num_pages, kv_heads, page_size, head_dim)
     scale = jnp.zeros(shape[:-1], jnp.float32, device=device) if dtype == jnp.int8 else None
-    return Pages(jnp.zeros(shape, dtype, device=device), scale)
+    held = jnp.uint16 if dtype == jnp.bfloat16 else dtype
+    return Pages(jnp.zeros(shape, held, device=device), scale)
 
 
 def _axes_of(pages: Pages) -> Pages:
@@ -75,7 +77,10 @@ def _write(pages: Pages, new: jax.Array, view: PageView) -> Pages:
     if pages.scale is not None:
         scale = jnp.abs(new).max(-1).astype(jnp.float32) / 127.0  # [B,K,T]
         new = jnp.round(new / jnp.where(scale == 0.0, 1.0, scale)[..., None])
-    new = Pages(new.astype(pages.values.dtype), scale)
+    held = pages.values.dtype
+    if held == jnp.uint16:
+        new = jax.lax.bitcast_convert_type(new.astype(jnp.bfloat16), held)
+    new = Pages(new.astype(held), scale)
     return jax.lax.platform_dependent(
         pages, new, page, offset, cpu=_write_by_slices, tpu=_write_whole_pages, default=_write_rows
     )
@@ -176,10 +181,11 @@ def _attention(
         new_highest = jnp.maximum(highest, top)
         weights = jnp.exp(scores - _rows(new_highest, row)[..., None])
         weights = jnp.where(seen[:, None], weights, 0.0)
+        values = _take(v, page, q.dtype)
         part = jnp.einsum(
             "WKRS,WKSH->WKRH",
-            weights.astype(v.values.dtype if v.scale is None else q.dtype),
-            _take(v, page, q.dtype),
+            weights.astype(values.dtype),
+            values,
             preferred_element_type=jnp.float32,
         )
         kept = jnp.exp(highest - new_highest)
@@ -211,6 +217,8 @@ def _take(pages: Pages, page: jax.Array, dtype: Any) -> jax.Array:
         return values.at[page].get(mode="promise_in_bounds")
 
     taken = jax.lax.platform_dependent(pages.values, cpu=flat, default=whole)
+    if taken.dtype == jnp.uint16:
+        taken = jax.lax.bitcast_convert_type(taken, jnp.bfloat16)
     if pages.scale is None:
         return taken
     scale = whole(pages.scale)[..., None]

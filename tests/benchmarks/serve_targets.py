@@ -83,11 +83,11 @@ def place(devices: list[jax.Device], ways: int) -> Place:
     return Place(mesh, NamedSharding(mesh, PartitionSpec()))
 
 
-def abstract_model(config: ModelConfig, where: Place) -> Any:
+def abstract_model(config: ModelConfig, where: Place, weights: str) -> Any:
     """As ``placement.read`` lays it out."""
 
     def make(model):
-        quantise = "none" if WEIGHTS.value == "dtype" else WEIGHTS.value
+        quantise = "none" if weights == "dtype" else weights
         model = lora.freeze(model, LoraConfig(quantise=quantise, base_dtype=DTYPE))
         return generate.unstacked(model, shards=sharding.ways(where.mesh))
 
@@ -112,8 +112,17 @@ def abstract_state(config: ModelConfig, o: EngineOptions, where: Place) -> steps
     return where.put(state, shardings)
 
 
-def compile_one(name: Any, config: ModelConfig, o: EngineOptions, where: Place) -> Compiled:
-    leaves, treedef = jax.tree.flatten(abstract_model(config, where))
+def compile_one(
+    name: tuple[Any, ...],
+    config: ModelConfig,
+    o: EngineOptions,
+    where: Place,
+    *,
+    tokens: int,
+    weights: str = "dtype",
+) -> Compiled:
+    """One of ``programs.names``; ``tokens`` are in the cache of each row."""
+    leaves, treedef = jax.tree.flatten(abstract_model(config, where, weights))
     state = abstract_state(config, o, where)
     platform = where.everywhere.device_set.copy().pop().platform
     with sharding.use(where.mesh):
@@ -133,7 +142,7 @@ def compile_one(name: Any, config: ModelConfig, o: EngineOptions, where: Place) 
     # The window of steps turns once; attention inside of it as often as there are pages.
     loops = sorted(traffic.unknown_loops.values())
     attention = loops[:-1] if name[0] == "decode" else loops
-    pages = rows * -(-TOKENS.value // o.page_size)
+    pages = rows * -(-tokens // o.page_size)
     turn = programs.pair_up(o, platform, [], rows).rows.shape[1]
     more = -(-pages // turn) - 1
     return Compiled(
@@ -177,7 +186,7 @@ def main(_) -> None:
     for name, o in jobs():
         what = f"{about}, {name[0]} {name[1]}"
         try:
-            c = compile_one(name, config, o, where)
+            c = compile_one(name, config, o, where, tokens=TOKENS.value, weights=WEIGHTS.value)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
