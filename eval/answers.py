@@ -306,7 +306,7 @@ def main(_: list[str]) -> None:
             import llmzoo_jax
             from serving.offline import on_engine
 
-            model = llmzoo_jax.load(args.model, dtype=args.dtype)
+            model = llmzoo_jax.load(args.model, dtype=args.dtype, tensor=args.tensor)
             with on_engine(model, max_batch=args.batch_size) as fast:
                 answer_locally(fast, file, batch_size=args.batch_size,
                                max_new_tokens=args.max_tokens, **sampling)  # fmt: skip
@@ -351,5 +351,6 @@ if __name__ == "__main__":
     flags.DEFINE_integer("seed", 0, "of sampling", lower_bound=0)
     flags.DEFINE_integer("batch_size", 32, "questions answered together here", lower_bound=1)
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "to compute in, here")
+    flags.DEFINE_integer("tensor", 1, "devices to split a model over, here", lower_bound=1)
     asking.define_flags(required=False)
     cli.run(main)

@@ -69,7 +69,7 @@ def main(_: list[str]) -> None:
     import llmzoo_jax
     from serving.offline import on_engine
 
-    model = llmzoo_jax.load(args.model, dtype=args.dtype)
+    model = llmzoo_jax.load(args.model, dtype=args.dtype, tensor=args.tensor)
     with on_engine(model, max_batch=args.batch_size, context=args.max_length) as fast:
         backend = Backend(
             fast, batch_size=args.batch_size, max_length=args.max_length, seed=args.seed
@@ -102,5 +102,6 @@ if __name__ == "__main__":
     flags.DEFINE_integer("max_length", 0, "positions; 0: the model's own", lower_bound=0)
     flags.DEFINE_integer("seed", 0, "of sampling", lower_bound=0)
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "to compute in")
+    flags.DEFINE_integer("tensor", 1, "devices to split a model over", lower_bound=1)
     flags.DEFINE_string("out", "", "JSON file to write, if any")
     cli.run(main)

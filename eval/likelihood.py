@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from llmzoo_jax import models
+from llmzoo_jax import models, sharding
 from llmzoo_jax.errors import InputError
 
 CHUNK = 256  # positions whose logits are there at once
@@ -96,9 +96,10 @@ def _batch(
         [np.arange(first, first + count) for (_, first), count in zip(spans, counts, strict=True)]
     )
     wanted[: sum(counts)] = list(itertools.chain.from_iterable(targets))
-    logprobs, best = jax.device_get(
-        _score(model.params, tokens, rows, positions, wanted, dtype=model.dtype)
-    )
+    with sharding.use(model.mesh):
+        logprobs, best = jax.device_get(
+            _score(model.params, tokens, rows, positions, wanted, dtype=model.dtype)
+        )
     starts = np.cumsum([0, *counts[:-1]])
     sums = np.add.reduceat(logprobs[: sum(counts)].astype(np.float64), starts)
     greedy = np.logical_and.reduceat(best[: sum(counts)], starts)

@@ -24,6 +24,7 @@ def load(
     step: int | Literal["latest", "best"] = "latest",
     weights: Literal["dtype", "int8", "nf4"] = "dtype",
     base: str | os.PathLike | None = None,
+    tensor: int = 1,
 ) -> Model:
     """A model to use: of a Hugging Face folder, or of a checkpoint of a run folder.
 
@@ -31,9 +32,10 @@ def load(
     checkpoint of a run; "best" is that of the lowest held-out loss. ``weights`` "int8" or "nf4"
     holds the projections in 8 or 4 bits, a half or a quarter of bfloat16. With ``base``, a Hugging
     Face folder, ``path`` has differences to its weights, as Vicuna and Chimera were released, and
-    the model is their sum; or it is a PEFT adapter, for that base and not the one it names. Raises
-    InputError where the folder is none of these, or does not hold what it should.
+    the model is their sum; or it is a PEFT adapter, for that base and not the one it names.
+    ``tensor`` splits the model over so many devices, by heads. Raises InputError where the folder
+    is none of these, or does not hold what it should.
     """
     from llmzoo_jax.loading import load_model  # here: `import llmzoo_jax` stays without JAX
 
-    return load_model(path, dtype=dtype, step=step, weights=weights, base=base)
+    return load_model(path, dtype=dtype, step=step, weights=weights, base=base, tensor=tensor)

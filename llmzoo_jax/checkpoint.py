@@ -25,6 +25,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from llmzoo_jax import config as configs
 from llmzoo_jax import manifest, models, retention
@@ -247,14 +248,23 @@ def restore(manager: ocp.CheckpointManager, abstract: TrainState, mesh) -> Train
     )
 
 
-def restore_params(run_dir: str | Path, of: ModelConfig | Any, *, step: Step = "latest") -> Any:
-    """What a checkpoint of a run holds without its optimiser, on one device: the model of a config
-    or, of a LoRA run, adapters like the abstract ones."""
+def restore_params(
+    run_dir: str | Path,
+    of: ModelConfig | Any,
+    *,
+    step: Step = "latest",
+    mesh: Mesh | None = None,
+) -> Any:
+    """What a checkpoint of a run holds without its optimiser: the model of a config or, of a LoRA
+    run, adapters like the abstract ones; on one device, or as ``mesh`` splits it."""
     abstract = models.abstract(of) if isinstance(of, ModelConfig) else of
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    places = itertools.repeat(device)
+    if mesh is not None:
+        places = jax.tree.leaves(tree_shardings(abstract, mesh, uneven="replicate"))
     target = {
-        f"params.{name}": jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device)
-        for name, x in named_leaves(abstract).items()
+        f"params.{name}": jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+        for (name, x), place in zip(named_leaves(abstract).items(), places, strict=False)
     }
     step = find_step(run_dir, step)
     with open_manager(run_dir) as manager:

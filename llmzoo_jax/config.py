@@ -100,9 +100,13 @@ class ComputeConfig:
     # How packed rows attend: "blocks" anywhere, "splash" on TPUs, "triton" on GPUs, all in memory
     # that grows with T; "scores" holds T x T (the reference); "auto" = the fastest.
     attention: Literal["auto", "blocks", "splash", "triton", "scores"] = "auto"
+    # Products of the layers' projections in training: in dtype, or with operands of 8 bits, where
+    # the hardware multiplies them faster: "int8" (TPU v5e, v5p, v6e; GPUs), "fp8" (GPUs from
+    # compute capability 8.9 on, TPU7x). On a CPU: the same numerics, to try them out.
+    matmul: Literal["dtype", "int8", "fp8"] = "dtype"
     loss_chunk: int = 0  # tokens of which logits are held at once; 0 = all of them
     compile_cache: bool = True  # compiled programs are kept in data.cache_dir, for a restart
-    peak_flops: float = 0.0  # FLOP/s of a device, for MFU; 0 = of its kind (flops.PEAK_FLOPS)
+    peak_flops: float = 0.0  # FLOP/s of a device, for MFU; 0 = of its kind (flops.PEAKS)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,14 +11,15 @@ import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
-from llmzoo_jax import models
+from llmzoo_jax import models, sharding
 from llmzoo_jax.errors import InputError
 from llmzoo_jax.models import KVCache
 from llmzoo_jax.sampling import Params, choose
@@ -219,11 +220,25 @@ def _decode_window(
     return jax.lax.while_loop(lambda s: (s.count < limit) & ~s.done.all(), step, state)
 
 
-def prepare(model: nnx.Module) -> Any:
-    """The model in the form that decodes fastest here: one block a layer on a CPU, where a scan
-    would copy each layer's weights out of the stack for every token; stacked elsewhere."""
-    if jax.default_backend() != "cpu" or isinstance(model.blocks, tuple):
+def prepare(model: nnx.Module, mesh: Mesh | None = None) -> nnx.Module:
+    """The model in the form that decodes fastest: one block a layer, where a scan would copy each
+    layer's cache for every token. On a ``mesh`` (``sharding.tensor_mesh``), where its parameters
+    may be already, it is laid out by their logical axes."""
+    if isinstance(model.blocks, tuple):
         return model
-    unstacked = nnx.merge(*nnx.split(model))  # the same arrays in a new object
-    unstacked.blocks = nnx.data(models.unstack(model.blocks))
-    return unstacked
+    return lay_out(unstacked(model, shards=sharding.ways(mesh)), mesh)
+
+
+def unstacked(model: nnx.Module, *, shards: int) -> nnx.Module:
+    """One block a layer, joined for so many devices."""
+    blocks = models.unstack(model.blocks, shards=shards)
+    model = jax.tree.map(lambda x: x, model)  # the same arrays in a new object
+    model.blocks = nnx.data(blocks)
+    return model
+
+
+def lay_out(model: nnx.Module, mesh: Mesh | None) -> nnx.Module:
+    """A prepared model on a mesh. Embeddings whose size it does not divide are whole everywhere."""
+    if mesh is None:
+        return model
+    return jax.device_put(model, sharding.tree_shardings(model, mesh, uneven="replicate"))

@@ -10,8 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from llmzoo_jax import embeddings, models
+from llmzoo_jax import embeddings, models, sharding
 from llmzoo_jax import generate as decoding
 from llmzoo_jax.config import LlamaConfig, ModelConfig
 from llmzoo_jax.conversation import FORMATS, ChatFormat, Message, chat_template, render
@@ -41,7 +42,8 @@ class Model:
     """A model and what it takes to talk to it.
 
     ``tokenizer`` is None where the folder has none, ``format`` where there is no chat template.
-    ``params`` is the ``nnx`` module in the form that decodes fastest (``generate.prepare``).
+    ``params`` is the ``nnx`` module in the form that decodes fastest (``generate.prepare``), on one
+    device or split over ``mesh``.
     """
 
     path: str
@@ -51,6 +53,7 @@ class Model:
     params: Any = field(repr=False)
     stop_ids: tuple[int, ...]  # any of them ends an answer
     dtype: str
+    mesh: Mesh | None = None
 
     @property
     def context(self) -> int | None:
@@ -63,7 +66,8 @@ class Model:
         if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
             raise LoadError(f"logits: tokens must be int[B,T], not {tokens.dtype}{tokens.shape}")
         self._check_ids(tokens.ravel(), "logits")
-        return np.asarray(_logits(self.params, tokens.astype(np.int32), dtype=self.dtype))
+        with sharding.use(self.mesh):
+            return np.asarray(_logits(self.params, tokens.astype(np.int32), dtype=self.dtype))
 
     def generate(
         self,
@@ -155,7 +159,8 @@ class Model:
         1."""
         for i, prompt in enumerate(prompts):
             self._check_ids(prompt, f"prompt {i + 1}")
-        return embeddings.embed(self.params, prompts, dtype=self.dtype)
+        with sharding.use(self.mesh):
+            return embeddings.embed(self.params, prompts, dtype=self.dtype)
 
     # --- below the surface ---
 
@@ -191,15 +196,16 @@ class Model:
         def stopped(row: int, tokens: list[int]) -> bool:
             return streams[row] is not None and streams[row].stopped_by is not None
 
-        rows = decoding.generate(
-            self.params,
-            prompts,
-            sampling=sampling,
-            stop_ids=self.stop_ids,
-            stopped=stopped,
-            on_tokens=on_tokens,
-            dtype=self.dtype,
-        )
+        with sharding.use(self.mesh):
+            rows = decoding.generate(
+                self.params,
+                prompts,
+                sampling=sampling,
+                stop_ids=self.stop_ids,
+                stopped=stopped,
+                on_tokens=on_tokens,
+                dtype=self.dtype,
+            )
         results = []
         for prompt, row, stream in zip(prompts, rows, streams, strict=True):
             text, tokens, reason = None, row.tokens, row.finish_reason

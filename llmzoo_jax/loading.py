@@ -7,9 +7,8 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
-from llmzoo_jax import checkpoint, hf, lora, lora_run, peft_format
+from llmzoo_jax import checkpoint, hf, lora, lora_run, peft_format, placement, sharding
 from llmzoo_jax import config as configs
 from llmzoo_jax import generate as decoding
 from llmzoo_jax.config import LoraConfig
@@ -25,6 +24,7 @@ def load_model(
     step: checkpoint.Step = "latest",
     weights: str = "dtype",
     base: str | Path | None = None,
+    tensor: int = 1,
 ) -> Model:
     """``llmzoo_jax.load``; see there."""
     path = Path(path)
@@ -32,6 +32,8 @@ def load_model(
         raise LoadError(f"weights={weights!r}: dtype, {' or '.join(quantised.KINDS)}")
     if dtype not in ("float32", "bfloat16"):
         raise LoadError(f"dtype={dtype!r}: float32 or bfloat16")
+    if tensor < 1:
+        raise LoadError(f"tensor={tensor}: 1 device or more")
     if not any((path / name).is_file() for name in ("config.json", peft_format.CONFIG)):
         what = "it has no config.json" if path.is_dir() else "no such folder"
         raise LoadError(f"{path}: {what}; give a Hugging Face folder or a run folder")
@@ -39,15 +41,15 @@ def load_model(
     if not is_adapter and is_run(path):
         if base is not None:
             raise LoadError(f"base={base}: {path} is a run folder, whose checkpoints are whole")
-        loaded = _from_run(path, jnp.dtype(dtype), step)
+        loaded = _from_run(path, jnp.dtype(dtype), step, tensor)
     elif step != "latest":
         raise LoadError(f"{path}: step={step!r} is for a run folder; this is a Hugging Face folder")
     elif is_adapter:
-        loaded = _from_peft(path, jnp.dtype(dtype), base)
+        loaded = _from_peft(path, jnp.dtype(dtype), base, tensor)
     else:
-        loaded = _from_hf(path, jnp.dtype(dtype), weights, base)
-    config, tokenizer, chat_format, params, more_stops = loaded
-    if weights != "dtype" and isinstance(params.blocks.down.w, nnx.Param):
+        loaded = _from_hf(path, dtype, weights, base, tensor)
+    config, tokenizer, chat_format, params, more_stops, mesh = loaded
+    if weights != "dtype" and not isinstance(params.blocks, tuple):
         params = lora.freeze(params, LoraConfig(quantise=weights, base_dtype=dtype))
     stops = stop_token_ids(tokenizer, chat_format) if tokenizer is not None else ()
     return Model(
@@ -55,9 +57,10 @@ def load_model(
         config=config,
         tokenizer=tokenizer,
         format=chat_format,
-        params=decoding.prepare(params),
+        params=decoding.prepare(params, mesh),
         stop_ids=tuple(sorted({*stops, *more_stops})),
         dtype=dtype,
+        mesh=mesh,
     )
 
 
@@ -65,16 +68,18 @@ def is_run(path: Path) -> bool:
     return "run_dir" in checkpoint.read_config(path)
 
 
-def _from_run(path: Path, dtype: jnp.dtype, step: checkpoint.Step):
+def _from_run(path: Path, dtype: jnp.dtype, step: checkpoint.Step, tensor: int):
     run = checkpoint.read_config(path)
     config = configs.model_from_dict(run["model"])
     tokenizer = load_tokenizer(path / "tokenizer")
     chat_format = resolve_format(run["chat_format"], tokenizer)
-    params = lora_run.restore_model(path, config, step=step)
-    return config, tokenizer, chat_format, jax.tree.map(lambda x: x.astype(dtype), params), ()
+    mesh = sharding.tensor_mesh(config, tensor)
+    params = lora_run.restore_model(path, config, step=step, mesh=mesh)
+    params = jax.tree.map(lambda x: x.astype(dtype), params)
+    return config, tokenizer, chat_format, params, (), mesh
 
 
-def _from_peft(path: Path, dtype: jnp.dtype, base: str | Path | None):
+def _from_peft(path: Path, dtype: jnp.dtype, base: str | Path | None, tensor: int):
     """An adapter, merged into its base; with the tokenizer beside it, else the base's."""
     if base is None:
         base = peft_format.read_json(path).get("base_model_name_or_path") or ""
@@ -86,20 +91,18 @@ def _from_peft(path: Path, dtype: jnp.dtype, base: str | Path | None):
     base = Path(base)
     config = hf.read_config(base)
     tokenizer, chat_format = _tokenizer(path, base)
-    params = jax.tree.map(lambda x: x.astype(dtype), lora_run.load_peft(path, base, config))
-    return config, tokenizer, chat_format, params, _eos_ids(base)
+    mesh = sharding.tensor_mesh(config, tensor)
+    params = lora_run.load_peft(path, base, config, mesh=mesh)
+    params = jax.tree.map(lambda x: x.astype(dtype), params)
+    return config, tokenizer, chat_format, params, _eos_ids(base), mesh
 
 
-def _from_hf(path: Path, dtype: jnp.dtype, weights: str, base: str | Path | None):
+def _from_hf(path: Path, dtype: str, weights: str, base: str | Path | None, tensor: int):
     config = hf.read_config(path)
     tokenizer, chat_format = _tokenizer(path, *([] if base is None else [Path(base)]))
-    if weights == "dtype":
-        place = lambda name, x: jnp.asarray(x, dtype)  # noqa: E731
-        params = hf.load_params(path, config, place=place, delta_of=base)
-    else:  # quantised while it is read, so that the model never fills the memory
-        kind = LoraConfig(quantise=weights, base_dtype=dtype.name)
-        params = lora_run.load_base(path, config, kind, lora_run.one_device(), delta_of=base)
-    return config, tokenizer, chat_format, params, _eos_ids(path)
+    mesh = sharding.tensor_mesh(config, tensor)
+    params = placement.read(path, config, dtype=dtype, weights=weights, mesh=mesh, delta_of=base)
+    return config, tokenizer, chat_format, params, _eos_ids(path), mesh
 
 
 def _tokenizer(*folders: Path):

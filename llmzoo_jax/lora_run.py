@@ -49,24 +49,16 @@ def start_state(config: Config, model: ModelConfig, tx, mesh: Mesh, manager) -> 
     return jax.jit(make, out_shardings=shardings)()._replace(base=base)
 
 
-def load_base(
-    folder: str | Path,
-    model: ModelConfig,
-    config: LoraConfig,
-    mesh: Mesh,
-    *,
-    delta_of: str | Path | None = None,
-) -> nnx.Module:
-    """The model of a Hugging Face folder (``delta_of``: see ``hf.read_params``), frozen as
-    ``config`` says. What is quantised is so a layer at a time, as it is read: no device ever holds
-    more of it."""
+def load_base(folder: str | Path, model: ModelConfig, config: LoraConfig, mesh: Mesh) -> nnx.Module:
+    """The model of a Hugging Face folder, frozen as ``config`` says. What is quantised is so a
+    layer at a time, as it is read: no device ever holds more of it."""
     like = models.abstract(model)
     abstract = jax.eval_shape(functools.partial(lora.freeze, config=config), like)
     shardings = jax.tree.leaves(sharding.tree_shardings(abstract, mesh))
     layout = dict(zip(sharding.named_leaves(abstract), shardings, strict=True))
     quantised = lora.TARGETS[model.family].values() if config.quantise != "none" else ()
     placed = {}
-    for name, array in hf.read_params(folder, model, delta_of=delta_of):
+    for name, array in hf.read_params(folder, model):
         path = name.removesuffix(".w")
         if path in quantised:
             weight = _quantise(lora.module(like, path), name, array, config, mesh)
@@ -92,25 +84,32 @@ def _quantise(proj, name: str, array: np.ndarray, config: LoraConfig, mesh: Mesh
 
 
 def restore_model(
-    run_dir: str | Path, model: ModelConfig, *, step: checkpoint.Step = "latest"
+    run_dir: str | Path,
+    model: ModelConfig,
+    *,
+    step: checkpoint.Step = "latest",
+    mesh: Mesh | None = None,
 ) -> nnx.Module:
-    """The model of a checkpoint of any run, float32, on one device; of a LoRA run, its
+    """The model of a checkpoint of any run, float32, on one device or a mesh; of a LoRA run, its
     adapters merged into the weights they were trained on (of a quantised base, those)."""
     config = configs.lora_from_dict(checkpoint.read_config(run_dir).get("lora"))
     if config is None:
-        return checkpoint.restore_params(run_dir, model, step=step)
+        return checkpoint.restore_params(run_dir, model, step=step, mesh=mesh)
     abstract = lora.abstract(config, model)
-    adapters = checkpoint.restore_params(run_dir, abstract, step=step)
+    adapters = checkpoint.restore_params(run_dir, abstract, step=step, mesh=mesh)
     known = read_base(run_dir)
     _check_content(Path(run_dir) / BASE, known["folder"], known)
-    base = load_base(known["folder"], model, config, one_device())
+    base = load_base(known["folder"], model, config, mesh or one_device())
     return lora.merge(base, adapters)
 
 
-def load_peft(folder: str | Path, base: str | Path, model: ModelConfig) -> nnx.Module:
-    """A PEFT adapter merged into the Hugging Face folder ``base``, float32, on one device."""
+def load_peft(
+    folder: str | Path, base: str | Path, model: ModelConfig, *, mesh: Mesh | None = None
+) -> nnx.Module:
+    """A PEFT adapter merged into the Hugging Face folder ``base``, float32, on one device or a
+    mesh."""
     config = peft_format.read_config(folder, model)
-    frozen = load_base(base, model, config, one_device())
+    frozen = load_base(base, model, config, mesh or one_device())
     return lora.merge(frozen, peft_format.load(folder, config, model))
 
 

@@ -50,7 +50,7 @@ class Plan(NamedTuple):
     compute: configs.ComputeConfig
     compile_seconds: float
     memory: int | None  # that a device has; None: not known
-    peak: float | None  # FLOP/s of a device, dense bfloat16; None: not known
+    peak: flops.Peak | None  # FLOP/s of a device; None: not known
     arguments: int  # parameters, optimiser state, batch
     temporaries: int  # activations, gradients, what collectives bring
     flops: program.Flops  # of all devices, attention as if it computed all scores
@@ -60,6 +60,14 @@ class Plan(NamedTuple):
     def needed(self) -> int:
         """Bytes of memory; outputs take the place of the state that went in."""
         return self.arguments + self.temporaries
+
+    @property
+    def seconds_at_peak(self) -> float | None:
+        """Of the products of one device, each at the peak of its operands' width."""
+        if self.peak is None:
+            return None
+        low = self.flops.eight_bits / self.devices
+        return self.peak.seconds(self.flops_a_device - low, low, self.compute.matmul)
 
     @property
     def flops_a_device(self) -> float:
@@ -79,7 +87,7 @@ def plan(config: Config, target: Target) -> Plan | DoesNotFit:
     """Compiles the training step of ``config`` for ``target``."""
     model = resolve_model(config)
     mesh = sharding.make_mesh(config.mesh, target.devices)
-    compute = steps.resolve(config.compute, mesh)
+    compute = steps.resolve(config.compute, mesh, lora=config.lora)
     tx = optim.make_optimizer(config.optim, config.optim.steps or 1000)
     shape = config.data.batch_size, config.data.sequence_length
     batch_sharding = sharding.batch_sharding(mesh, shape)
@@ -111,7 +119,7 @@ def plan(config: Config, target: Target) -> Plan | DoesNotFit:
         compute=compute,
         compile_seconds=seconds,
         memory=target.memory,
-        peak=flops.peak_flops(target.devices[0].device_kind, config.compute.peak_flops),
+        peak=flops.peak(target.devices[0].device_kind, config.compute.peak_flops),
         arguments=memory.argument_size_in_bytes,
         temporaries=memory.temp_size_in_bytes
         + memory.output_size_in_bytes
@@ -182,7 +190,7 @@ def describe(result: Plan | DoesNotFit) -> str:
         f"FLOPs a device     {result.flops_a_device:.3e} a step: "
         f"{result.flops.projections / result.devices:.3e} of projections and logits, "
         f"{result.flops.attention / 2 / result.devices:.3e} of causal attention"
-        + (f"; {result.flops_a_device / result.peak:.2f} s at its peak" if result.peak else ""),
+        + (f"; {result.seconds_at_peak:.2f} s at its peak" if result.peak else ""),
         f"bytes a device     {traffic.bytes:.3e} of main memory a step",
         "collectives        "
         + (
@@ -191,6 +199,9 @@ def describe(result: Plan | DoesNotFit) -> str:
         ),
         f"compiled in        {result.compile_seconds:.1f} s",
     ]
+    if result.flops.eight_bits:
+        label = f"of these, in {result.compute.matmul}"
+        lines.insert(3, f"{label:<19}{result.flops.eight_bits / result.devices:.3e}")
     if traffic.unknown_loops:
         lines.append(
             f"bytes count {len(traffic.unknown_loops)} loop(s) once, since only data says how "

@@ -8,43 +8,51 @@ is named.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections import Counter
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
+
+from jax.interpreters.partial_eval import dce_jaxpr
 
 # --- FLOPs of a traced program ------------------------------------------------------------------
 
 
 class Flops(NamedTuple):
-    """A multiplication and an addition are two. ``attention`` are products with batch axes."""
+    """A multiplication and an addition are two. ``attention`` are products with batch axes,
+    ``eight_bits`` those of the projections whose operands have 8 bits."""
 
     projections: int
     attention: int
+    eight_bits: int
 
 
-def count_flops(jaxpr: Any) -> Flops:
+def count_flops(closed: Any) -> Flops:
     """FLOPs of the products in a closed jaxpr, a scan's body times its length; the whole program's,
-    not a device's."""
-    projections = attention = 0
+    not a device's. What nothing needs (gradients of frozen weights) the compiler drops, too."""
+    return _count(dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))[0])
+
+
+def _count(jaxpr: Any) -> Flops:
+    total = Flops(0, 0, 0)
     for eqn in jaxpr.eqns:
         times, inner = 1, []
         if eqn.primitive.name == "dot_general":
             (contract, _), (batch, _) = eqn.params["dimension_numbers"]
             lhs = eqn.invars[0].aval
             flops = 2 * eqn.outvars[0].aval.size * math.prod(lhs.shape[i] for i in contract)
-            projections, attention = (
-                (projections, attention + flops) if batch else (projections + flops, attention)
-            )
+            eight_bits = 0 if batch or lhs.dtype.itemsize > 1 else flops
+            inner = [Flops(0, flops, 0) if batch else Flops(flops, 0, eight_bits)]
         elif eqn.primitive.name == "cond":
-            inner = [max((count_flops(b.jaxpr) for b in eqn.params["branches"]), key=sum)]
+            branches = [_count(b.jaxpr) for b in eqn.params["branches"]]
+            inner = [max(branches, key=lambda f: f.projections + f.attention)]
         else:
             times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
             times *= eqn.params["mesh"].size if eqn.primitive.name == "shard_map" else 1
-            inner = [count_flops(j) for j in _jaxprs(eqn.params)]
-        projections += times * sum(f.projections for f in inner)
-        attention += times * sum(f.attention for f in inner)
-    return Flops(projections, attention)
+            inner = [_count(j) for j in _jaxprs(eqn.params)]
+        total = Flops(*(n + times * sum(f[i] for f in inner) for i, n in enumerate(total)))
+    return total
 
 
 def _jaxprs(params: dict[str, Any]) -> list[Any]:
@@ -67,7 +75,7 @@ class Traffic(NamedTuple):
 
     bytes: int  # read and written in main memory: inputs and outputs of every fusion and call
     collectives: dict[str, int]  # {kind: bytes of the larger of what goes in and what comes out}
-    unknown_loops: tuple[str, ...]  # counted once
+    unknown_loops: dict[str, int]  # counted once: the bytes of one turn
 
 
 class _Instruction(NamedTuple):
@@ -83,18 +91,10 @@ class _Computation(NamedTuple):
     root: _Instruction | None
 
 
-def count_traffic(hlo: str) -> Traffic:
-    """Reads the text of a compiled module (``compiled.as_text()``)."""
+def count_traffic(hlo: str, *, branches: Literal["all", "least"] = "all") -> Traffic:
+    """Reads the text of a compiled module (``compiled.as_text()``). Of a condition all branches
+    count, or that one which moves the fewest bytes."""
     computations, entry = _parse(hlo)
-    times = {entry: 1}
-    unknown = []
-    order = _calls_first(computations, entry)
-    for name in order:
-        for i in computations[name].instructions.values():
-            for callee, turns in _callees(i, computations):
-                if turns is None:
-                    unknown.append(i.name)
-                times[callee] = times.get(callee, 0) + times[name] * (turns or 1)
     fused = {
         callee
         for computation in computations.values()
@@ -102,20 +102,40 @@ def count_traffic(hlo: str) -> Traffic:
         if i.op in ("fusion", "custom-call")
         for callee, _ in _callees(i, computations)
     }
-    moved, collectives, channels = 0, Counter(), set()
-    for name in order:
-        computation = computations[name]
+
+    @functools.cache
+    def moved(name: str) -> int:
+        """Bytes of one run of a computation."""
+        total, computation = 0, computations[name]
         for i in computation.instructions.values():
             if name not in fused:  # what is fused stays on the chip
-                moved += times[name] * _bytes_moved(i, computation, computations)
+                total += _bytes_moved(i, computation, computations)
+            total += sum((turns or 1) * moved(callee) for callee, turns in callees(i))
+        return total
+
+    def callees(i: _Instruction) -> list[tuple[str, int | None]]:
+        found = _callees(i, computations)
+        if i.op == "conditional" and branches == "least":
+            return [min(found, key=lambda callee: moved(callee[0]))]
+        return found
+
+    times = Counter({entry: 1})
+    unknown, collectives, channels = {}, Counter(), set()
+    for name in _calls_first(computations, entry):
+        computation = computations[name]
+        for i in computation.instructions.values():
+            for callee, turns in callees(i) if times[name] else ():
+                if turns is None:
+                    unknown[i.name] = moved(callee)
+                times[callee] += times[name] * (turns or 1)
             kind = i.op.removesuffix("-start")
-            if kind in COLLECTIVES:
+            if kind in COLLECTIVES and times[name]:
                 channel = re.search(r"channel_id=(\d+)", i.text)
                 if channel and channel[1] in channels:
                     continue  # a TPU's asynchronous one stands in several computations
                 channels.add(channel and channel[1])
                 collectives[kind] += times[name] * _payload(i, computation)
-    return Traffic(moved, dict(collectives), tuple(unknown))
+    return Traffic(moved(entry), dict(collectives), unknown)
 
 
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{")
@@ -213,8 +233,12 @@ _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
     "call", "async-start", "async-update", "async-done", "after-all", "iota", "partition-id",
     "replica-id", "all-gather-done", "all-reduce-done", "collective-permute-done", "copy-done",
-    "opt-barrier",
+    "opt-barrier", "slice-done",
 }  # fmt: skip
+
+
+# Change an array in place: which operand has the new values.
+_UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
 
 
 def _bytes_moved(i: _Instruction, computation: _Computation, computations) -> int:
@@ -228,8 +252,12 @@ def _bytes_moved(i: _Instruction, computation: _Computation, computations) -> in
         return _fusion_bytes(shapes, i.shape, inside)
     if i.op in ("dynamic-slice", "gather"):
         return 2 * _size(i.shape)
-    if i.op == "dynamic-update-slice":
-        return 2 * _size(shapes[1])
+    if i.op in _UPDATES:
+        return 2 * _size(shapes[_UPDATES[i.op]])
+    if i.op == "copy-start":
+        return _size(i.shape)  # of both sides
+    if i.op == "slice-start":
+        return _payload(i, computation, of_result=True)
     return _size(i.shape) + sum(map(_size, shapes))
 
 
@@ -248,8 +276,9 @@ def _fusion_bytes(shapes: list[str], out: str, inside: _Computation) -> int:
         ]
         if users and all(i.op in ("dynamic-slice", "gather") for i in users):
             total += sum(_size(i.shape) for i in users)
-        elif users and all(i.op == "dynamic-update-slice" for i in users):
-            total += sum(_size(inside.instructions[i.operands[1]].shape) for i in users)
+        elif users and all(i.op in _UPDATES for i in users):
+            news = [inside.instructions[i.operands[_UPDATES[i.op]]] for i in users]
+            total += sum(_size(new.shape) for new in news)
             updated += _size(shape)
         else:
             total += _size(shape)
@@ -258,7 +287,7 @@ def _fusion_bytes(shapes: list[str], out: str, inside: _Computation) -> int:
 
 def _sources(i: _Instruction, inside: _Computation) -> tuple[str, ...]:
     """The array that an instruction slices or updates, or all its operands; through bitcasts."""
-    names = i.operands[:1] if i.op in ("dynamic-slice", "dynamic-update-slice") else i.operands
+    names = i.operands[:1] if i.op in ("dynamic-slice", *_UPDATES) else i.operands
     return () if i.op == "bitcast" else tuple(_behind_bitcasts(name, inside) for name in names)
 
 
@@ -268,13 +297,14 @@ def _behind_bitcasts(name: str, inside: _Computation) -> str:
     return name
 
 
-def _payload(i: _Instruction, computation: _Computation) -> int:
-    """Bytes of the larger side; the result of an asynchronous start holds its operands as well."""
+def _payload(i: _Instruction, computation: _Computation, *, of_result: bool = False) -> int:
+    """Bytes of the larger side, or of the result; that of an asynchronous start holds its operands
+    as well."""
     shape = re.sub(r"S\(\d+\)", "", i.shape)
     operands = sum(
         _size(re.sub(r"S\(\d+\)", "", computation.instructions[x].shape)) for x in i.operands
     )
     result = _size(shape)
-    if i.op in ("all-gather-start", "collective-permute-start"):
+    if i.op in ("all-gather-start", "collective-permute-start", "slice-start"):
         result -= operands
-    return max(result, operands)
+    return result if of_result else max(result, operands)

@@ -6,6 +6,7 @@ A parameter names its logical axes where it is made (``nnx.Param(..., axes=("emb
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ from flax import nnx
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from llmzoo_jax.config import MeshConfig
+from llmzoo_jax.config import LlamaConfig, MeshConfig, ModelConfig
 from llmzoo_jax.errors import InputError
 
 AXES = ("replica", "fsdp", "tensor", "sequence")
@@ -78,6 +79,41 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     else:
         grid = mesh_utils.create_device_mesh(inside, devices, **split)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def tensor_mesh(config: ModelConfig, ways: int) -> Mesh | None:
+    """A mesh that splits a model over the first ``ways`` devices of this process, by heads and MLP
+    width; None for one way. Raises ShardingError where they can't be split.
+
+    Each device has its own key/value heads with the queries that read them, so that attention needs
+    no other device. Heads are not copied where they are fewer than devices: every token's keys and
+    values would take as much memory on twice as many devices."""
+    if ways == 1:
+        return None
+    sizes = {"heads": config.num_heads, "mlp": 4 * config.hidden_size}
+    if isinstance(config, LlamaConfig):
+        sizes |= {"kv_heads": config.num_kv_heads, "mlp": config.intermediate_size}
+    for axis, size in sizes.items():
+        if size % ways:
+            good = [n for n in range(1, size + 1) if not any(s % n for s in sizes.values())]
+            raise ShardingError(
+                f"tensor={ways} does not divide axis {axis!r} of the model, which has size {size}; "
+                f"choose one of {', '.join(map(str, good))}"
+            )
+    here = jax.local_devices()
+    if len(here) < ways:
+        raise ShardingError(f"tensor={ways}: this process has {len(here)} device(s)")
+    return make_mesh(MeshConfig(fsdp=1, tensor=ways), here[:ways])
+
+
+def ways(mesh: Mesh | None) -> int:
+    """Over how many devices ``tensor_mesh`` splits a model."""
+    return 1 if mesh is None else mesh.shape["tensor"]
+
+
+def use(mesh: Mesh | None) -> contextlib.AbstractContextManager:
+    """``jax.set_mesh`` if there is a mesh."""
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def describe(mesh: Mesh) -> str:
@@ -155,9 +191,12 @@ def _ways(part: str | tuple[str, ...] | None, mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in _mesh_axes(part))
 
 
-def tree_shardings(tree: Any, mesh: Mesh) -> Any:
+def tree_shardings(
+    tree: Any, mesh: Mesh, *, uneven: Literal["error", "replicate"] = "error"
+) -> Any:
     """Shardings for any pytree of (abstract) arrays: by logical axes for ``nnx.Param`` nodes,
-    replicated for everything else. A prefix tree, as ``jax.jit`` takes it."""
+    replicated for everything else. A prefix tree, as ``jax.jit`` takes it. ``uneven`` is that of
+    ``sharding_of`` for nodes that don't say."""
 
     def one(path, node):
         if not isinstance(node, nnx.Variable):
@@ -170,7 +209,7 @@ def tree_shardings(tree: Any, mesh: Mesh) -> Any:
             keys["axes"],
             mesh,
             name=path_name(path),
-            uneven=keys.get("uneven", "error"),
+            uneven=keys.get("uneven", uneven),
         )
 
     return jax.tree_util.tree_map_with_path(
@@ -189,11 +228,18 @@ def named_leaves(tree: Any) -> dict[str, Any]:
     return {path_name(path): x for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
-def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
+def constrain(
+    x: jax.Array,
+    axes: Sequence[str | None],
+    *,
+    uneven: Literal["error", "replicate"] = "error",
+) -> jax.Array:
     """Pins an activation to its layout in the mesh that ``jax.set_mesh`` has set, if any."""
-    if jax.sharding.get_abstract_mesh().empty:
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
         return x
-    return jax.lax.with_sharding_constraint(x, spec(axes, name="activation"))
+    where = sharding_of(x.shape, axes, mesh, name="activation", uneven=uneven)
+    return jax.lax.with_sharding_constraint(x, where)
 
 
 def per_device(

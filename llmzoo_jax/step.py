@@ -12,9 +12,9 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from llmzoo_jax import lora, models
-from llmzoo_jax.config import ComputeConfig, ConfigError, ModelConfig
-from llmzoo_jax.models import attention
+from llmzoo_jax import flops, lora, models
+from llmzoo_jax.config import ComputeConfig, ConfigError, LoraConfig, ModelConfig
+from llmzoo_jax.models import attention, low_precision
 from llmzoo_jax.packing import Batch
 from llmzoo_jax.sharding import tree_shardings
 from llmzoo_jax.vocabulary_loss import chunked_losses
@@ -59,14 +59,26 @@ def start_state(params: Any, tx: optax.GradientTransformation) -> TrainState:
     return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
 
 
-def resolve(compute: ComputeConfig, mesh: Mesh) -> ComputeConfig:
+def resolve(compute: ComputeConfig, mesh: Mesh, *, lora: LoraConfig | None = None) -> ComputeConfig:
     """``compute`` for the devices of the mesh: what "auto" stands for there. Raises where they
-    can't do what it asks for."""
-    platform = mesh.devices.flat[0].platform
+    can't do what it asks for, or the base of ``lora`` can't."""
+    device = mesh.devices.flat[0]
+    platform = device.platform
     if compute.remat == "offload" and platform == "cpu":
         raise ConfigError(
             "compute.remat=offload: a CPU computes in the host's memory, there is nowhere to "
             "offload to; set compute.remat=dots or full"
+        )
+    faster = flops.eight_bit_formats(device.device_kind)
+    if compute.matmul not in ("dtype", *faster):
+        raise ConfigError(
+            f"compute.matmul={compute.matmul}: a {device.device_kind} multiplies it no faster than "
+            f"bfloat16; set compute.matmul={' or '.join(('dtype', *faster))}"
+        )
+    if compute.matmul != "dtype" and lora and lora.quantise != "none":
+        raise ConfigError(
+            f"compute.matmul={compute.matmul}: products with a base in {lora.quantise} are those "
+            "of its dense weights; set lora.quantise=none or compute.matmul=dtype"
         )
     return dataclasses.replace(compute, attention=attention.choose(compute.attention, platform))
 
@@ -113,7 +125,8 @@ def loss_and_grads(
 
     def loss_sum(params, part, rows):
         keys = None if key is None else jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
-        losses = token_losses(lora.attach(base, params, keys), part, compute)
+        model = low_precision.attach(lora.attach(base, params, keys), compute.matmul)
+        losses = token_losses(model, part, compute)
         return losses.sum(), losses
 
     grad = jax.value_and_grad(loss_sum, has_aux=True)

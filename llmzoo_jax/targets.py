@@ -30,16 +30,17 @@ class Chip(NamedTuple):
     capability: str  # compute capability of a GPU
 
 
-def _tpu(memory: float) -> Chip:
-    return Chip("tpu", int(memory * 2**30), 0, 0, 0, "")
+def _tpu(memory: float, bandwidth: int) -> Chip:
+    return Chip("tpu", int(memory * 2**30), 0, 0, bandwidth * 10**9, "")
 
 
 # Google Cloud's pages of each TPU; NVIDIA's data sheets.
 CHIPS = {
-    "v4": _tpu(32),
-    "v5e": _tpu(16),
-    "v5p": _tpu(95),
-    "v6e": _tpu(32),
+    "v4": _tpu(32, 1228),
+    "v5e": _tpu(16, 819),
+    "v5p": _tpu(95, 2765),
+    "v6e": _tpu(32, 1640),
+    "tpu7x": _tpu(96, 3690),  # a chip is two devices
     "a100": Chip("gpu", 80 * 10**9, 108, 166912, 2039 * 10**9, "8.0"),
     "h100": Chip("gpu", 80 * 10**9, 132, 232448, 3350 * 10**9, "9.0"),
     "h200": Chip("gpu", 141 * 10**9, 132, 232448, 4800 * 10**9, "9.0"),
@@ -119,6 +120,7 @@ def _gpu_description(name: str, chip: Chip) -> str:
         platform_name: "CUDA"
         device_description_str: "NVIDIA {name.upper()}"
         dnn_version_info {{ major: 9 minor: 10 }}
+        runtime_version {{ major: 13 }}
         gpu_device_info {{
           cuda_compute_capability {{ major: {major} minor: {minor} }}
           core_count: {chip.cores}

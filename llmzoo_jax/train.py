@@ -94,7 +94,7 @@ def train(config: Config, *, profile: str = "") -> None:
     batch_sharding = sharding.batch_sharding(mesh, (B, T))
     check_accumulation(config, mesh)
     check_counts(config)
-    compute = steps.resolve(config.compute, mesh)
+    compute = steps.resolve(config.compute, mesh, lora=config.lora)
     distributed.in_turn(lambda: checkpoint.claim(config, model_config))
     report_config(config, model_config)
     clock = TimeLog(config.run_dir, writes=metrics.writes())

@@ -16,10 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
-from llmzoo_jax import lora, models, peft_format
+from llmzoo_jax import lora, models, peft_format, sharding
 from llmzoo_jax.config import ModelConfig
 from llmzoo_jax.errors import InputError
+from llmzoo_jax.models.layers import by_shard
 
 # The projections that a prepared model has as one (``layers.Joint``), in the order of its outputs.
 JOINED = {"attention.qkv": ("attention.q", "attention.k", "attention.v"), "gate_up": ("gate", "up")}
@@ -30,9 +32,15 @@ class Slots(nnx.Module):
     slots, the scale in ``b``; ``rows[B]``, the slot of each row, is set where the model is called.
     """
 
-    def __init__(self, n: int, inputs: int, outputs: int, rank: int, dtype: Any):
-        self.a = nnx.Param(jnp.zeros((n, inputs, rank), dtype))
-        self.b = nnx.Param(jnp.zeros((n, rank, outputs), dtype))
+    def __init__(self, n: int, place: Place, rank: int, dtype: Any, mesh: Mesh | None):
+        def zeros(name: str, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:
+            where = mesh and sharding.sharding_of(shape, axes, mesh, name=f"{place.path}.{name}")
+            return nnx.Param(jnp.zeros(shape, dtype, device=where), axes=axes)
+
+        K, N = place.axes
+        outputs = sum(part.outputs for part in place.parts)
+        self.a = zeros("a", (n, place.parts[0].inputs, rank), (None, K, None))
+        self.b = zeros("b", (n, rank, outputs), (None, None, N))
         self.rows = None
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -44,11 +52,19 @@ class Slots(nnx.Module):
         return jax.lax.cond((self.rows > 0).any(), add, lambda x: nothing, x)
 
 
+class Part(NamedTuple):
+    path: str  # of a projection, in a block of the model as it is stored
+    inputs: int  # K
+    outputs: int  # N
+
+
 class Place(NamedTuple):
-    """Where the parts of a projection's adapters are: of each part, its path, K and N."""
+    """Where adapters are, and of which projections: several where these are one (``Joint``)."""
 
     path: str  # in a block of the model that computes
-    parts: tuple[tuple[str, int, int], ...]
+    parts: tuple[Part, ...]
+    axes: tuple[str, str]  # logical ones of K and N
+    shards: int  # as the Joint has its outputs
 
 
 class Loaded:
@@ -92,13 +108,14 @@ class Loaded:
         del self._found[name]
 
 
-def attach(model: nnx.Module, *, adapters: int, rank: int, dtype: str) -> nnx.Module:
+def attach(
+    model: nnx.Module, *, adapters: int, rank: int, dtype: str, mesh: Mesh | None
+) -> nnx.Module:
     """The prepared ``model`` with empty slots at every projection; no array of it is copied."""
     model = jax.tree.map(lambda x: x, model)
     for place in _places(model):
-        inputs, outputs = place.parts[0][1], sum(n for _, _, n in place.parts)
         for block in model.blocks:
-            slots = Slots(adapters + 1, inputs, outputs, rank * len(place.parts), jnp.dtype(dtype))
+            slots = Slots(adapters + 1, place, rank * len(place.parts), jnp.dtype(dtype), mesh)
             lora.module(block, place.path).lora = nnx.data(slots)
     return model
 
@@ -127,45 +144,49 @@ def put(model: nnx.Module, slot: int, adapters: lora.Adapters) -> nnx.Module:
     for place in _places(model):
         for layer, block in enumerate(model.blocks):
             slots = lora.module(block, place.path).lora
-            a, b = np.zeros(slots.a.shape[1:], np.float32), np.zeros(slots.b.shape[1:], np.float32)
+            a = np.zeros(slots.a.shape[1:], np.float32)
             room = a.shape[1] // len(place.parts)
-            column = 0
-            for part, (path, inputs, outputs) in enumerate(place.parts):
-                if (adapter := adapters.get(f"blocks.{path}")) is not None:
+            rows = []  # of b's transpose: the outputs of each part, from its own ranks alone
+            for number, part in enumerate(place.parts):
+                rows.append(np.zeros((part.outputs, a.shape[1]), np.float32))
+                if (adapter := adapters.get(f"blocks.{part.path}")) is not None:
                     rank = adapter.lora_b.shape[1]
-                    at = slice(part * room, part * room + rank)
-                    a[:, at] = np.asarray(adapter.lora_a[layer]).reshape(inputs, rank)
-                    b[at, column : column + outputs] = adapter.scale * np.asarray(
-                        adapter.lora_b[layer]
-                    ).reshape(rank, outputs)
-                column += outputs
-            slots.a = nnx.Param(_with(slots.a[...], slot, a))
-            slots.b = nnx.Param(_with(slots.b[...], slot, b))
+                    at = slice(number * room, number * room + rank)
+                    a[:, at] = np.asarray(adapter.lora_a[layer]).reshape(part.inputs, rank)
+                    b = adapter.scale * np.asarray(adapter.lora_b[layer])
+                    rows[-1][:, at] = b.reshape(rank, part.outputs).T
+            slots.a = _with(slots.a, slot, a)
+            slots.b = _with(slots.b, slot, by_shard(np, rows, place.shards).T)
     return model
 
 
-def _with(x: jax.Array, slot: int, new: np.ndarray) -> jax.Array:
+def _with(x: nnx.Param, slot: int, new: np.ndarray) -> nnx.Param:
     """``x`` with ``new`` in a slot; by way of the host, where nothing is compiled."""
-    whole = np.array(x)
+    whole = np.array(x[...])
     whole[slot] = new
-    return jnp.asarray(whole)
+    return nnx.Param(jax.device_put(whole, x[...].sharding), axes=x.get_metadata()["axes"])
 
 
 def _places(model: nnx.Module) -> list[Place]:
-    sizes = dict(_sizes(model.config))
+    left = {place.path: place for place in _projections(model.config)}
     places = []
-    for joint, paths in JOINED.items():
-        if set(paths) <= set(sizes) and lora.module(model.blocks[0], joint) is not None:
-            places.append(Place(joint, tuple((path, *sizes.pop(path)) for path in paths)))
-    return places + [Place(path, ((path, *size),)) for path, size in sizes.items()]
+    for path, paths in JOINED.items():
+        joint = lora.module(model.blocks[0], path) if set(paths) <= set(left) else None
+        if joint is not None:
+            parts = [left.pop(path) for path in paths]
+            several = tuple(place.parts[0] for place in parts)
+            places.append(Place(path, several, parts[0].axes, joint.shards))
+    return [*places, *left.values()]
 
 
 @functools.cache
-def _sizes(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """Of each projection of a block: K and N."""
-    like, sizes = models.abstract(config), {}
+def _projections(config: ModelConfig) -> list[Place]:
+    """All of a block, each by itself."""
+    like, places = models.abstract(config), []
     for path in lora.TARGETS[config.family].values():
         projection = lora.module(like, path)
         shape, n = projection.w.shape[1:], projection.num_inputs
-        sizes[path.removeprefix("blocks.")] = math.prod(shape[:n]), math.prod(shape[n:])
-    return sizes
+        path = path.removeprefix("blocks.")
+        part = Part(path, math.prod(shape[:n]), math.prod(shape[n:]))
+        places.append(Place(path, (part,), projection.flat_axes, 1))
+    return places

@@ -60,11 +60,12 @@ class Engine:
     # --- from any thread ---
 
     def start(self) -> None:
-        """Compiles all programs, then takes requests."""
+        """Compiles all programs, unless they wait for their first use, then takes requests."""
         jax.monitoring.register_event_duration_secs_listener(self._on_event)
-        self._runner.warm_up()
-        if self._draft is not None:
-            self._draft.warm_up()
+        if self.options.compile_at == "start":
+            self._runner.warm_up()
+            if self._draft is not None:
+                self._draft.warm_up()
         self.ready = True
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()

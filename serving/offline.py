@@ -141,8 +141,8 @@ def on_engine(
     """``context``: tokens of a prompt and its answer; 0: the model's, up to LONGEST. ``draft``
     guesses, with ``speculate``. ``options``: others of ``EngineOptions``."""
     context = context or min(model.context or LONGEST, LONGEST)
-    options |= {"max_batch": max_batch, "context": context, "max_waiting": 2**31}
-    fast = EngineModel(model, EngineOptions(**options), draft)
+    fixed = {"max_batch": max_batch, "context": context, "max_waiting": 2**31}
+    fast = EngineModel(model, EngineOptions(**fixed, compile_at="first_use", **options), draft)
     try:
         yield fast
     finally:

@@ -9,14 +9,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
-from llmzoo_jax import lora
+from llmzoo_jax import lora, sharding
 from llmzoo_jax.errors import InputError
 from llmzoo_jax.inference import Model
-from serving import adapters, steps
+from serving import adapters, programs, steps
 from serving.rows import Row
-
-SCORED_PAGES = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +44,7 @@ class EngineOptions:
     speculate_rows: int = 4
     max_adapters: int = 0
     max_lora_rank: int = 64
+    compile_at: str = "start"
 
     def __post_init__(self):
         for name in (
@@ -70,6 +70,8 @@ class EngineOptions:
             raise InputError("speculate: shapes change, so there is no deterministic mode with it")
         if self.kv_dtype not in ("model", "int8"):
             raise InputError(f"kv_dtype={self.kv_dtype!r}: must be model or int8")
+        if self.compile_at not in ("start", "first_use"):
+            raise InputError(f"compile_at={self.compile_at!r}: must be start or first_use")
 
     @property
     def pages_a_row(self) -> int:
@@ -88,39 +90,44 @@ class Runner:
     def __init__(self, model: Model, options: EngineOptions, *, scores: bool = True):
         self.options = o = options
         self._scores = scores
-        self.config = model.config
+        self.config, self.mesh = model.config, model.mesh
         params = model.params
         if o.max_adapters:
             params = adapters.attach(
-                params, adapters=o.max_adapters, rank=o.max_lora_rank, dtype=model.dtype
-            )
+                params, adapters=o.max_adapters, rank=o.max_lora_rank, dtype=model.dtype,
+                mesh=model.mesh,
+            )  # fmt: skip
         self._leaves, treedef = jax.tree.flatten(params)
         self._static = {"treedef": treedef, "dtype": model.dtype}
-        self._sizes = _sizes(o.max_batch, only_largest=o.deterministic)
-        self._blocks = _sizes(o.prefill_tokens // o.page_size, only_largest=o.deterministic)
-        self._no_extras = {B: steps.no_extras(B, model.config.vocab_size) for B in self._sizes}
-        self._programs: dict[Any, Any] = {}  # see warm_up
+        (self._platform,) = {device.platform for device in self._leaves[0].devices()}
+        # What the host gives with each call goes to every device.
+        self._everywhere = None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
+        self._sizes, self._blocks = programs.row_sizes(o), programs.page_sizes(o)
+        self._no_extras = {
+            B: jax.device_put(steps.no_extras(B, model.config.vocab_size), self._everywhere)
+            for B in self._sizes
+        }
+        self._programs: dict[Any, Any] = {}  # by their names
         self._kv_dtype = jnp.int8 if o.kv_dtype == "int8" else jnp.dtype(model.dtype)
         self.reset()
 
     def most_pages(self, *, scored: bool) -> int:
-        """That one call of ``fill`` takes. Few where their tokens are scored: that has the logits
-        of all places at once."""
-        return min(SCORED_PAGES, self._blocks[-1]) if scored else self._blocks[-1]
+        """That one call of ``fill`` takes."""
+        return programs.most_pages(self.options, scored=scored)
 
     def reset(self) -> None:
         o = self.options
         self.state = steps.init_state(
             self.config, num_pages=o.num_pages, page_size=o.page_size, slots=o.max_batch,
-            kv_dtype=self._kv_dtype,
+            kv_dtype=self._kv_dtype, mesh=self.mesh,
         )  # fmt: skip
 
     def fill(self, todo: Sequence[tuple[Row, int]], scored: bool) -> None:
-        size, o = self.options.page_size, self.options
+        size = self.options.page_size
         R = next(n for n in self._blocks if n >= len(todo))
         if scored:
             R = self.most_pages(scored=True)
-        blocks = np.zeros((R, 2 + 2 * size + o.pages_a_row + 1), np.int32)
+        blocks = programs.blocks(self.options, R)
         tables = []
         for block, (row, n) in zip(blocks, todo, strict=False):
             start = n * size
@@ -133,7 +140,7 @@ class Runner:
             block[2 + 2 * size : 2 + 2 * size + len(numbers)] = numbers
             tables.append(numbers)
         work = self._pair_up(tables, R)
-        program = self._programs["prefill", R, bool(scored)]
+        program = self._program(("prefill", R, bool(scored)))
         self.state, scores = program(self._leaves, self.state, blocks, work)
         if scores is not None:
             scores = steps.Scores(*map(np.asarray, scores))
@@ -144,7 +151,7 @@ class Runner:
         """Up to ``limit`` steps of ``rows``, whose pages have room for them; arrays of NumPy."""
         B = next(n for n in self._sizes if n >= len(rows))
         packed, work = self._pack(rows, B)
-        self.state, window = self._programs["decode", B](
+        self.state, window = self._program(("decode", B))(
             self._leaves, self.state, packed, work, self._extras(rows, B), np.int32(limit)
         )
         if any(row.request.sampling.logprobs is not None for row in rows):
@@ -159,7 +166,7 @@ class Runner:
         drafts = np.full((B, o.speculate), -1, np.int32)
         for line, guess in zip(drafts, guesses, strict=False):
             line[: len(guess)] = guess
-        self.state, window = self._programs["verify", B](
+        self.state, window = self._program(("verify", B))(
             self._leaves, self.state, packed, work, self._extras(rows, B), drafts
         )
         return steps.Window(*map(np.asarray, window))
@@ -175,7 +182,7 @@ class Runner:
         in_prompt = np.zeros(V, bool)
         in_prompt[row.tokens[:n]] = True
         counts = np.bincount(np.asarray(row.tokens[n:], np.int64), minlength=V).astype(np.int16)
-        self.state = self._programs["set_counts"](self.state, np.int32(row.slot), in_prompt, counts)
+        self.state = self._program("set_counts")(self.state, np.int32(row.slot), in_prompt, counts)
 
     def put_adapter(self, slot: int, weights: lora.Adapters) -> None:
         """Writes an adapter into a slot that no row has; from any thread."""
@@ -184,40 +191,21 @@ class Runner:
 
     def warm_up(self) -> None:
         """Compiles every program, and keeps them: no call compiles later."""
-        o, static = self.options, self._static
-        V, S = self.config.vocab_size, o.page_size
-        lowered = {}
-        for B in self._sizes:
-            args = (
-                self._leaves, self.state, steps.pack_rows(B, o.pages_a_row + 1),
-                self._pair_up([], B), self._no_extras[B],
-            )  # fmt: skip
-            lowered["decode", B] = steps.decode.lower(*args, np.int32(1), window=o.window, **static)
-            if o.speculate and o.speculate_rows >= B:
-                drafts = np.full((B, o.speculate), -1, np.int32)
-                lowered["verify", B] = steps.verify.lower(*args, drafts, **static)
-        for R in self._blocks:
-            blocks = np.zeros((R, 2 + 2 * S + o.pages_a_row + 1), np.int32)
-            args = (self._leaves, self.state, blocks, self._pair_up([], R))
-            lowered["prefill", R, False] = steps.prefill.lower(*args, scored=False, **static)
-        if self._scores:
-            R = self.most_pages(scored=True)
-            blocks = np.zeros((R, 2 + 2 * S + o.pages_a_row + 1), np.int32)
-            lowered["prefill", R, True] = steps.prefill.lower(
-                self._leaves, self.state, blocks, self._pair_up([], R), scored=True, **static
-            )
-            lowered["set_counts"] = steps.set_counts.lower(
-                self.state, np.int32(0), np.zeros(V, bool), np.zeros(V, np.int16)
-            )
-        self._programs = {name: program.compile() for name, program in lowered.items()}
+        for name in programs.names(self.options, scores=self._scores):
+            self._program(name)
+
+    def _program(self, name: Any) -> Any:
+        if name not in self._programs:
+            with sharding.use(self.mesh):
+                lowered = programs.lower(
+                    name, self.options, self.config, self._leaves, self.state,
+                    platform=self._platform, everywhere=self._everywhere, **self._static,
+                )  # fmt: skip
+            self._programs[name] = lowered.compile()
+        return self._programs[name]
 
     def _pair_up(self, tables: Sequence[Sequence[int]], rows: int) -> steps.Work:
-        width = 8 if rows <= 4 else 16
-        deterministic = self.options.deterministic
-        lines = -(-rows * (self.options.pages_a_row + (width if deterministic else 0)) // width)
-        # A row that is not there has no pairs; ``rows`` marks a pair of nobody.
-        tables = [*tables, *([[]] * (rows - len(tables)))]
-        return steps.pair_up(tables, lines=lines, width=width, apart=deterministic)
+        return programs.pair_up(self.options, self._platform, tables, rows)
 
     def _extras(self, rows: Sequence[Row], B: int) -> steps.Extras:
         extras = self._no_extras[B]
@@ -235,10 +223,3 @@ class Runner:
                     allowed[i] = row.request.grammar.mask()
             extras = extras._replace(allowed=allowed)
         return extras
-
-
-def _sizes(largest: int, *, only_largest: bool) -> list[int]:
-    """1, 2, 4, .. and ``largest``."""
-    if only_largest:
-        return [largest]
-    return sorted({largest, *(1 << i for i in range(largest.bit_length()) if 1 << i < largest)})

@@ -27,7 +27,7 @@ import uvicorn
 from absl import flags
 
 import llmzoo_jax
-from llmzoo_jax import cli, embeddings
+from llmzoo_jax import cli, embeddings, sharding
 from llmzoo_jax.errors import InputError
 from serving import http
 from serving.app import Options, Server, make_server
@@ -142,7 +142,9 @@ def read_adapter(item: str) -> tuple[str, str]:
 def main(_) -> None:
     http.start_log()
     keys = read_keys(API_KEYS_FILE.value)
-    model = llmzoo_jax.load(MODEL.value, dtype=DTYPE.value, weights=WEIGHTS.value, base=BASE.value)
+    model = llmzoo_jax.load(
+        MODEL.value, dtype=DTYPE.value, weights=WEIGHTS.value, base=BASE.value, tensor=TENSOR.value
+    )
     at_start = dict(read_adapter(item) for item in ADAPTERS.value)
     more = MAX_ADAPTERS.value if ADAPTERS_DIR.value else 0
     if model.tokenizer is None:
@@ -182,7 +184,8 @@ def main(_) -> None:
     log.info("starting", extra={"facts": {"model": name, "url": where, "context": context}})
 
     def warm_up() -> None:
-        embeddings.warm_up(model.params, context, dtype=model.dtype)
+        with sharding.use(model.mesh):
+            embeddings.warm_up(model.params, context, dtype=model.dtype)
 
     code = serve(
         server,
@@ -209,6 +212,7 @@ if __name__ == "__main__":
         "weights", "dtype", ["dtype", "int8", "nf4"], "Of the projections; int8 and nf4 (4 bits) "
         "take less memory and, on a CPU, more time.",
     )  # fmt: skip
+    TENSOR = flags.DEFINE_integer("tensor", 1, "Split the model over so many devices, by heads.", 1)
     SPECULATE = flags.DEFINE_integer(
         "speculate", 0, "Guess so many tokens, while few requests run: the same tokens, faster. "
         "From what was said before, which answers may repeat, or by --draft_model.", 0,

@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from llmzoo_jax import models
+from llmzoo_jax import models, sharding
 from llmzoo_jax.models import KVCache
-from llmzoo_jax.models.paged_attention import PageView, init_pages
+from llmzoo_jax.models.paged_attention import AXES, PageView, init_pages
 from llmzoo_jax.sampling import Params, Penalties, choose, penalise
 from serving import adapters
 from serving.requests import MAX_BIAS, MAX_LOGPROBS, MAX_STOP_IDS
@@ -31,6 +32,7 @@ INTS = (
 FLOATS = (
     "temperature", "top_p", "min_p", "repetition", "presence", "frequency",
 )  # fmt: skip
+COUNTS = (None, "vocab")  # logical axes
 STOPS = slice(len(INTS) + len(FLOATS), len(INTS) + len(FLOATS) + MAX_STOP_IDS + OWN_STOP_IDS)
 
 
@@ -71,16 +73,25 @@ class Window(NamedTuple):
     top_logprobs: jax.Array
 
 
-def init_state(config: Any, *, num_pages: int, page_size: int, slots: int, kv_dtype: Any) -> State:
-    """``num_pages`` without page 0."""
-    kv_heads = models.kv_heads(config)
+def init_state(
+    config: Any, *, num_pages: int, page_size: int, slots: int, kv_dtype: Any, mesh: Mesh | None
+) -> State:
+    """``num_pages`` without page 0. On a mesh, pages are split by heads, counts by tokens."""
+    shape = (num_pages + 1, models.kv_heads(config), page_size, config.head_dim)
+    where = mesh and sharding.sharding_of(shape, AXES, mesh, name="pages")
     layers = [
-        [init_pages(num_pages + 1, kv_heads, page_size, config.head_dim, kv_dtype)
-         for _ in range(config.num_layers)] for _ in "kv"
-    ]  # fmt: skip
-    cache = KVCache(*map(tuple, layers))
+        [init_pages(*shape, kv_dtype, device=where) for _ in range(config.num_layers)] for _ in "kv"
+    ]
     shape = (slots, config.vocab_size)
-    return State(cache, jnp.zeros(shape, jnp.int16), jnp.zeros(shape, bool))
+    where = mesh and sharding.sharding_of(shape, COUNTS, mesh, name="counts", uneven="replicate")
+    counts, in_prompt = (jnp.zeros(shape, dtype, device=where) for dtype in (jnp.int16, bool))
+    return State(KVCache(*map(tuple, layers)), counts, in_prompt)
+
+
+def _state(cache: KVCache, counts: jax.Array, in_prompt: jax.Array) -> State:
+    """Laid out as ``init_state`` has it, so that any program takes what another one gave."""
+    keep = functools.partial(sharding.constrain, axes=COUNTS, uneven="replicate")
+    return State(cache, keep(counts), keep(in_prompt))
 
 
 def no_extras(rows: int, vocab_size: int) -> Extras:
@@ -154,7 +165,7 @@ def decode(
             jnp.where(active, token, last),
             jnp.where(active, position + 1, position),
             active & ~stopped,
-            State(cache, counts, state.in_prompt),
+            _state(cache, counts, state.in_prompt),
             out,
         )
 
@@ -199,7 +210,7 @@ def verify(
     rest = (x.reshape(B, k + 1, *x.shape[1:]) for x in logprobs)
     out = (jnp.where(reached, chosen, -1), *rest)
     window = Window(*(jnp.swapaxes(x, 0, 1) for x in out))
-    return State(cache, counts, state.in_prompt), window
+    return _state(cache, counts, state.in_prompt), window
 
 
 class _Controls(NamedTuple):
@@ -226,6 +237,14 @@ def _controls(rows: jax.Array, extras: Extras, V: int) -> _Controls:
     everyone = jnp.arange(len(rows))[:, None]
 
     def constrain(logits, state, generated):
+        early = generated < row["min_left"]
+        asked = penalised | early
+        asked |= (extras.bias_ids >= 0).any(-1) | (extras.allowed != -1).any(-1)
+        # One condition around all: each copies the logits, even where it is false.
+        apply = functools.partial(constrain_some, early=early, state=state)
+        return jax.lax.cond(asked.any(), apply, lambda x: x, logits)
+
+    def constrain_some(logits, early, state):
         logits = jax.lax.cond(
             penalised.any(),
             lambda x: penalise(x, state.in_prompt[slot], state.counts[slot], penalties),
@@ -240,7 +259,6 @@ def _controls(rows: jax.Array, extras: Extras, V: int) -> _Controls:
             (extras.allowed != -1).any(),
             lambda x: jnp.where(_bits(extras.allowed, V), x, -jnp.inf), lambda x: x, logits,
         )  # fmt: skip
-        early = generated < row["min_left"]
         ids = jnp.where(early[:, None] & (stops >= 0), stops, V)
         return jax.lax.cond(
             early.any(), lambda x: x.at[everyone, ids].set(-jnp.inf, mode="drop"), lambda x: x,
@@ -277,7 +295,7 @@ def prefill(
     tokens, targets = blocks[:, 2 : 2 + S], blocks[:, 2 + S : 2 + 2 * S]
     view = PageView(positions, blocks[:, 2 + 2 * S :], *work)
     x, cache = model.hidden(tokens, view, positions, kv_cache=state.cache, dtype=jnp.dtype(dtype))
-    state = State(cache, state.counts, state.in_prompt)
+    state = _state(cache, state.counts, state.in_prompt)
     if not scored:
         return state, None
     logits = model.logits(x.reshape(R * S, -1))
@@ -288,7 +306,7 @@ def prefill(
 @functools.partial(jax.jit, donate_argnames=("state",))
 def set_counts(state: State, slot, in_prompt, counts) -> State:
     """The tokens of a new row with penalties: bool and int16 ``[V]``."""
-    return State(
+    return _state(
         state.cache,
         state.counts.at[slot].set(counts),
         state.in_prompt.at[slot].set(in_prompt),

@@ -21,13 +21,14 @@ BLOOM, LLAMA = parity.FAMILIES
 SMALL = EngineOptions(
     max_batch=4, context=64, cache_tokens=160, page_size=8, prefill_tokens=16, window=4
 )
+LATE = dataclasses.replace(SMALL, compile_at="first_use")  # so a test compiles what it needs
 OPTIONS = {
     "small": SMALL,  # too few pages for four long rows: some wait again
-    "one page a prompt": dataclasses.replace(SMALL, page_size=64, prefill_tokens=64, window=1,
+    "one page a prompt": dataclasses.replace(LATE, page_size=64, prefill_tokens=64, window=1,
                                              short_window=1, cache_tokens=0),
-    "no shared prefixes": dataclasses.replace(SMALL, prefix_cache=False, page_size=4, window=8),
-    "speculative": dataclasses.replace(SMALL, speculate=3, max_batch=2, cache_tokens=0),
-    "deterministic": dataclasses.replace(SMALL, deterministic=True, max_batch=3),
+    "no shared prefixes": dataclasses.replace(LATE, prefix_cache=False, page_size=4, window=8),
+    "speculative": dataclasses.replace(LATE, speculate=3, max_batch=2, cache_tokens=0),
+    "deterministic": dataclasses.replace(LATE, deterministic=True, max_batch=3),
 }  # fmt: skip
 
 
@@ -57,7 +58,7 @@ def nothing_leaks():
         stats = engine.stats()
         assert (stats.running, stats.waiting, stats.pages_used) == (0, 0, 0)
         assert len(engine._slots) == engine.options.max_batch
-        assert stats.compilations_after_ready == 0
+        assert stats.compilations_after_ready == 0 or engine.options.compile_at == "first_use"
 
 
 ENGINES: set[tuple] = set()

@@ -178,7 +178,7 @@ def test_a_run_killed_at_random_ends_as_an_undisturbed_one(seed, folder, undistu
 @pytest.mark.parametrize(
     ("number", "moment", "code"),
     [
-        ("SIGINT", "evaluation", 130),
+        pytest.param("SIGINT", "evaluation", 130, marks=pytest.mark.slow),
         pytest.param("SIGTERM", "save", 0, marks=pytest.mark.slow),
         pytest.param("SIGTERM", "compile", 0, marks=pytest.mark.slow),
         pytest.param("SIGINT", "compile", 130, marks=pytest.mark.slow),
@@ -227,6 +227,7 @@ def test_a_disk_that_fills_up_in_a_save_leaves_the_checkpoint_before_it_whole(
     assert_same(run_dir, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_when_metrics_are_written_stops_the_run_with_the_file_s_name(
     folder, undisturbed, small_disk
 ):
@@ -270,6 +271,7 @@ def test_a_run_on_eight_devices_goes_on_on_one(folder, undisturbed, tmp_path):
     np.testing.assert_allclose(ours, theirs, rtol=2e-3)  # of bfloat16, in another order
 
 
+@pytest.mark.slow
 def test_a_data_worker_that_is_killed_is_named_and_changes_nothing(folder, undisturbed, tmp_path):
     process = start(folder, tmp_path / "run", "--config.data.workers=2")
     while process.poll() is None and "\nstep 1/" not in console(tmp_path / "run"):

@@ -29,7 +29,7 @@ def counted_by_xla(config, *, backward: bool) -> float:
     tokens = jax.ShapeDtypeStruct((B, T), jnp.int32)
 
     def loss(model, tokens):
-        model.blocks = models.unstack(model.blocks)
+        model.blocks = models.unstack(model.blocks, shards=1)
         positions = jnp.broadcast_to(jnp.arange(T), (B, T))
         everything = Mask(jnp.zeros((B, T), jnp.int32), jnp.full((B, T), T - 1))
         x, _ = model.hidden(tokens, everything, positions)
@@ -90,8 +90,9 @@ def test_padding_other_segments_and_prompts_are_not_counted():
     ("cpu", None), ("Quantum 9000", None),
 ])  # fmt: skip
 def test_peaks_by_device(kind, peak):
-    assert flops.peak_flops(kind, 0.0) == peak
-    assert flops.peak_flops(kind, 1e12) == 1e12
+    known = flops.peak(kind, 0.0)
+    assert (known and known.bfloat16) == peak
+    assert flops.peak(kind, 1e12) == (1e12, 1e12, 1e12)
 
 
 def test_utilisation_is_work_over_time_and_peak_of_all_devices_and_unknown_without_a_peak():
@@ -101,3 +102,28 @@ def test_utilisation_is_work_over_time_and_peak_of_all_devices_and_unknown_witho
     known = flops.Utilisation(config, ComputeConfig(peak_flops=1e9), mesh)
     assert known(steps, 2.0)["mfu"] == flops.training(config, work) / 2.0 / 4e9
     assert flops.Utilisation(config, ComputeConfig(), mesh)(steps, 2.0) == {}
+
+
+def test_products_in_8_bits_have_a_peak_of_their_own():
+    """A step at peak all the time: products in 8 bits take half of what they would."""
+    config, work = CONFIGS["llama"], flops.Work(tokens=300, pairs=2100, loss_tokens=150)
+    steps = [Metrics(*map(np.float32, (2.0, 150, 300, 2100, 1.0, 0, 0)))]
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    peak = flops.PEAKS["NVIDIA H100 PCIe"]
+    matrices = flops.forward(config, flops.Work(tokens=300, pairs=0, loss_tokens=0))
+    for matmul, products in (("dtype", 0), ("int8", 2), ("fp8", 3)):
+        low = flops.eight_bits(config, work, matmul)
+        assert low == products * matrices
+        seconds = peak.seconds(flops.training(config, work) - low, low, matmul)
+        used = flops.Utilisation(config, ComputeConfig(matmul=matmul), mesh)
+        used._peak = peak
+        assert used(steps, seconds)["mfu"] == pytest.approx(1.0)
+    assert peak.int8 == peak.fp8 == 1513e12 and flops.PEAKS["TPU v4"].int8 == 0.0
+
+
+def test_the_faster_formats_of_a_device_are_those_with_a_higher_peak():
+    for kind, peak in flops.PEAKS.items():
+        assert all(x == 0.0 or x > 1.5 * peak.bfloat16 for x in peak[1:]), kind
+        formats = tuple(f for f in ("int8", "fp8") if getattr(peak, f))
+        assert flops.eight_bit_formats(kind + " 80GB") == formats
+    assert flops.eight_bit_formats("cpu") == ("int8", "fp8")

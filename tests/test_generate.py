@@ -84,7 +84,7 @@ def test_greedy_tokens_equal_transformers_generate(case, tmp_path):
 @pytest.mark.parametrize(
     ("case", "sampling"),
     [
-        (BLOOM, Sampling(max_new_tokens=NEW)),
+        pytest.param(BLOOM, Sampling(max_new_tokens=NEW), marks=pytest.mark.slow),
         (LLAMA, Sampling(max_new_tokens=NEW)),
         (LLAMA, SAMPLED),
     ],

@@ -142,6 +142,7 @@ def test_transformers_with_peft_reads_the_adapter(finished, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_run_that_starts_from_an_adapter_goes_on_with_its_numbers(
     finished, folder, base, tmp_path
 ):
@@ -159,7 +160,7 @@ def test_a_run_that_starts_from_an_adapter_goes_on_with_its_numbers(
 # --- the base -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("quantise", ["none", "int8", "nf4"])
+@pytest.mark.parametrize("quantise", ["none", "int8", pytest.param("nf4", marks=pytest.mark.slow)])
 def test_a_base_is_read_as_it_is_frozen_in_memory(quantise, base):
     """Layer by layer, onto eight devices."""
     options = dataclasses.replace(LORA, quantise=quantise, base_dtype="bfloat16")

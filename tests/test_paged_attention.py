@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from llmzoo_jax.models import attention
+from llmzoo_jax.models import paged_attention as paged
 from llmzoo_jax.models.attention import cache_mask, plain_attention
 from llmzoo_jax.models.paged_attention import PageView, init_pages, paged_attention, write_pages
 from serving.steps import pair_up
@@ -103,6 +104,29 @@ def test_a_row_without_pages_gives_zeros():
     got = np.asarray(compiled(q, *caches, view(mine, [[5]] * B)))
     assert not got[1].any()
     assert np.isfinite(got).all()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.int8])
+@pytest.mark.parametrize("tokens", [1, 3, S])
+def test_accelerators_write_what_a_cpu_writes(tokens, dtype):
+    """Pages or tokens at once there, slices here; rows that have ended write to nobody's page."""
+    rng = np.random.default_rng(0)
+    whole = np.arange(1, 1 + 3 * B, dtype=np.int32).reshape(B, 3)
+    table = np.where(np.arange(B)[:, None] == 2, 0, whole)
+    starts = np.array([[0], [S], [0], [S]] if tokens == S else [[0], [S + 1], [5], [S - 1]])
+    page = np.take_along_axis(table, (starts + np.arange(tokens)) // S, axis=1)
+    offset = (starts + np.arange(tokens)) % S
+    old = jax.tree.map(
+        lambda x: jnp.asarray(rng.integers(0, 99, x.shape), x.dtype), init_pages(14, K, S, H, dtype)
+    )
+    new = jax.tree.map(
+        lambda x: jnp.asarray(rng.integers(0, 99, (B, K, tokens, *x.shape[3:])), x.dtype), old
+    )
+    args = old, new, jnp.asarray(page), jnp.asarray(offset)
+    here = paged._write_by_slices(*args)
+    for write in (paged._write_whole_pages, paged._write_rows):
+        for x, y in zip(jax.tree.leaves(here), jax.tree.leaves(write(*args)), strict=True):
+            np.testing.assert_array_equal(x[1:], y[1:])
 
 
 def test_int8_pages_are_close():

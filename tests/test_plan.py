@@ -9,7 +9,7 @@ import sys
 import jax
 import pytest
 
-from llmzoo_jax import models, plan, targets
+from llmzoo_jax import flops, models, plan, targets
 from llmzoo_jax.config import ComputeConfig, Config, DataConfig, MeshConfig, OptimConfig
 from tests import tiny_runs
 
@@ -53,6 +53,21 @@ def test_the_words_hold_the_figures(planned):
     assert f"{planned.parameters:,} parameters" in text
     assert "cpu:4: 4 device(s)" in text and "attention by blocks" in text
     assert re.search(r"all-gather [\d.]+ GiB", text)
+
+
+@pytest.mark.parametrize("matmul", ["int8", "fp8"])
+def test_what_is_multiplied_in_8_bits_is_said_and_takes_half_the_time(planned, matmul):
+    """On a device that is twice as fast at it, of which there is none here."""
+    low = planned.flops.projections // 2
+    result = planned._replace(
+        flops=planned.flops._replace(eight_bits=low),
+        compute=dataclasses.replace(planned.compute, matmul=matmul),
+        peak=flops.Peak(1e9, 2e9, 2e9),
+    )
+    assert f"of these, in {matmul}".ljust(19) + f"{low / 4:.3e}\n" in plan.describe(result)
+    saved = planned._replace(peak=flops.Peak(1e9)).seconds_at_peak - result.seconds_at_peak
+    assert saved == pytest.approx(low / 4 / 2e9)
+    assert "of these" not in plan.describe(planned) and planned.seconds_at_peak is None
 
 
 def test_a_step_that_needs_more_than_a_device_has_is_said_not_to_fit(planned):

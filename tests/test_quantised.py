@@ -168,8 +168,15 @@ def test_one_layer_at_a_time_is_dense(remat):
     assert scratch[1] - scratch[0] < 0.5 * layer  # six layers more; it grows by activations alone
 
 
-@pytest.mark.parametrize("quantise", ["int8", "nf4"])
-@pytest.mark.parametrize("family", test_sharding.CONFIGS)
+@pytest.mark.parametrize(
+    ("family", "quantise"),
+    [
+        ("bloom", "nf4"),
+        ("llama", "int8"),
+        pytest.param("bloom", "int8", marks=pytest.mark.slow),
+        pytest.param("llama", "nf4", marks=pytest.mark.slow),
+    ],
+)
 def test_a_quantised_base_computes_what_its_dense_copy_does(family, quantise):
     """Loss and gradients, against float32 weights made dense beforehand; and near those of the
     weights before they were quantised."""

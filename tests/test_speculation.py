@@ -178,7 +178,7 @@ def tokenizer(*tokens):
         ({"max_positions": 63}, {}, "draft_model=x has 63 positions, and context=64"),
         ({"tokenizer": tokenizer("a", "c")}, {}, "draft_model=x has other tokens than .*: 'b'"),
     ],
-    ids=str,
+    ids=["speculate", "deterministic", "vocab_size", "context", "tokens"],
 )
 def test_a_draft_that_does_not_fit_is_refused(changes, options, match):
     target = dataclasses.replace(model_of(LLAMA), tokenizer=tokenizer("a", "b"))

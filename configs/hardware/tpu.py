@@ -6,6 +6,9 @@
     --hardware=configs/hardware/tpu.py:v6e-64-t4     tensor parallel over four neighbours
 
 As in Google Cloud, the size counts cores for v4 and v5p, two a chip, and chips for v5e and v6e.
+
+v5e, v5p and v6e multiply int8 twice as fast as bfloat16: --config.compute.matmul=int8. It changes
+the numerics a little, and so is not the default.
 """
 
 import re

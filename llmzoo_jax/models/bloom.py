@@ -63,8 +63,9 @@ class Block(nnx.Module):
         self.up = Proj((D,), (F,), axes=("embed", "mlp"), **init)
         self.down = Proj((F,), (D,), axes=("mlp", "embed"), **init)
 
-    def join(self):
-        """For decoding: see ``layers.Proj.transpose``. Query, key and value are one already."""
+    def join(self, shards: int):
+        """For decoding: see ``layers.Proj.transpose``. Query, key and value are one, head by head,
+        so that each of any ``shards`` has its own."""
         for projection in (self.attention.qkv, self.attention.out, self.up, self.down):
             projection.transpose()
 

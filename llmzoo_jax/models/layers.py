@@ -36,13 +36,18 @@ def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
     return jax.lax.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ())))
 
 
+def weight_gradient(x: jax.Array, dy: jax.Array) -> jax.Array:
+    """``dw[K,N]`` of ``x[...,K] @ w`` from ``dy[...,N]``."""
+    lead = tuple(range(x.ndim - 1))
+    if x.shape[-1] <= dy.shape[-1]:
+        return jax.lax.dot_general(x, dy, ((lead, lead), ((), ())))
+    return jax.lax.dot_general(dy, x, ((lead, lead), ((), ()))).T
+
+
 def _matmul_backward(saved, dy):  # dy[...,N]
     x, w = saved
-    lead = tuple(range(x.ndim - 1))
     dx = jax.lax.dot_general(dy, w, (((dy.ndim - 1,), (1,)), ((), ())))
-    if w.shape[0] <= w.shape[1]:
-        return dx, jax.lax.dot_general(x, dy, ((lead, lead), ((), ())))
-    return dx, jax.lax.dot_general(dy, x, ((lead, lead), ((), ()))).T
+    return dx, weight_gradient(x, dy)
 
 
 matmul.defvjp(lambda x, w: (matmul(x, w), (x, w)), _matmul_backward)
@@ -73,6 +78,8 @@ class Proj(nnx.Module):
     ):
         shape = (*inputs, *outputs)
         self.num_inputs = len(inputs)
+        # Of K and N, the products of the sizes: only the first of each is ever split.
+        self.flat_axes = axes[0], axes[len(inputs)]
         self.w = nnx.Param(std * jax.random.normal(rngs.params(), shape), axes=tuple(axes))
         self.b = nnx.Param(jnp.zeros(outputs), axes=tuple(axes[len(inputs) :])) if bias else None
         self.outputs = tuple(outputs)
@@ -84,7 +91,7 @@ class Proj(nnx.Module):
         1.4 times as fast on a CPU, which else turns the whole weight for every product."""
         if isinstance(self.w, nnx.Param):
             size = math.prod(self.outputs)
-            self.w = nnx.Param(self.w[...].reshape(-1, size).T)
+            self.w = nnx.Param(self.w[...].reshape(-1, size).T, axes=self.flat_axes[::-1])
             self.transposed = True
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -104,18 +111,23 @@ class Proj(nnx.Module):
 class Joint(nnx.Module):
     """Projections of one input as a single product, for decoding: a CPU reads one large weight
     faster than several small ones. ``w[N,K]`` as ``Proj.transpose``. Gives their outputs in order.
+    The rows of ``w`` are in ``shards`` equal parts, each with its share of every projection, so
+    that a device which holds one part computes its own heads from it.
     """
 
-    def __init__(self, *projections: Proj):
+    def __init__(self, *projections: Proj, shards: int):
         n = projections[0].num_inputs
         inputs = projections[0].w.shape[:n]
         self.num_inputs = n
+        self.shards = shards
         self.outputs = tuple(tuple(p.w.shape[n:]) for p in projections)
+        K, N = projections[0].flat_axes
         flat = [p.w[...].reshape(math.prod(inputs), -1).T for p in projections]
-        self.w = nnx.Param(jnp.concatenate(flat))
+        self.w = nnx.Param(by_shard(jnp, flat, shards), axes=(N, K))
         self.b = None
         if projections[0].b is not None:
-            self.b = nnx.data(nnx.Param(jnp.concatenate([p.b[...].ravel() for p in projections])))
+            flat = [p.b[...].ravel() for p in projections]
+            self.b = nnx.data(nnx.Param(by_shard(jnp, flat, shards), axes=(N,)))
         self.lora = None
 
     def __call__(self, x: jax.Array) -> list[jax.Array]:
@@ -125,12 +137,19 @@ class Joint(nnx.Module):
             y = y + self.lora(x)
         if self.b is not None:
             y = y + self.b[...].astype(x.dtype)
-        ends = list(itertools.accumulate(map(math.prod, self.outputs)))
+        y = y.reshape(*y.shape[:-1], self.shards, -1)
+        ends = list(itertools.accumulate(math.prod(o) // self.shards for o in self.outputs))
         parts = jnp.split(y, ends[:-1], axis=-1)
         return [
-            part.reshape(*part.shape[:-1], *shape)
+            part.reshape(*part.shape[:-2], *shape)
             for part, shape in zip(parts, self.outputs, strict=True)
         ]
+
+
+def by_shard(xp: Any, parts: Sequence[Any], shards: int) -> Any:
+    """``parts[N_i,..]``, arrays of the NumPy-like ``xp``, as the rows of a ``Joint``."""
+    split = [part.reshape(shards, -1, *part.shape[1:]) for part in parts]
+    return xp.concatenate(split, axis=1).reshape(-1, *parts[0].shape[1:])
 
 
 class Embedding(nnx.Module):
@@ -142,7 +161,8 @@ class Embedding(nnx.Module):
 
     def __call__(self, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
         # Rows of a table that is split over D would be gathered by every device in full.
-        table = constrain(self.w[...].astype(dtype), ("vocab", "act_embed"))
+        table = self.w[...].astype(dtype)
+        table = constrain(table, ("vocab", "act_embed"), uneven="replicate")
         return table[tokens]  # [B,T,D]
 
     def logits(self, x: jax.Array) -> jax.Array:
@@ -223,13 +243,13 @@ def stack(make_block: Callable[[nnx.Rngs], nnx.Module], num_layers: int, rngs: n
     return jax.vmap(lambda key: make_block(nnx.Rngs(params=key)))(keys)
 
 
-def unstack(blocks: nnx.Module) -> tuple[nnx.Module, ...]:
-    """Stacked blocks -> one block a layer, joined. Decoding on a CPU is faster so: a scan copies
-    each layer's weights out of the stack at every step."""
+def unstack(blocks: nnx.Module, *, shards: int) -> tuple[nnx.Module, ...]:
+    """Stacked blocks -> one block a layer, joined (see ``Joint``). Decoding is faster so: a scan
+    copies each layer's cache, and on a CPU its weights, out of the stack at every step."""
     num_layers = jax.tree.leaves(blocks)[0].shape[0]
     layers = tuple(jax.tree.map(lambda x, i=i: x[i], blocks) for i in range(num_layers))
     for block in layers:
-        block.join()
+        block.join(shards)
     return layers
 
 

@@ -28,10 +28,10 @@ class Attention(nnx.Module):
 
         self.qkv = None
 
-    def join(self):
+    def join(self, shards: int):
         if not isinstance(self.q.w, nnx.Param):
             return
-        self.qkv = nnx.data(Joint(self.q, self.k, self.v))
+        self.qkv = nnx.data(Joint(self.q, self.k, self.v, shards=shards))
         del self.q, self.k, self.v
         self.out.transpose()
 
@@ -59,13 +59,13 @@ class Block(nnx.Module):
 
         self.gate_up = None
 
-    def join(self):
+    def join(self, shards: int):
         """For decoding: see ``layers.Joint`` and ``layers.Proj.transpose``. Quantised weights stay
         as they are."""
-        self.attention.join()
+        self.attention.join(shards)
         if not isinstance(self.gate.w, nnx.Param):
             return
-        self.gate_up = nnx.data(Joint(self.gate, self.up))
+        self.gate_up = nnx.data(Joint(self.gate, self.up, shards=shards))
         del self.gate, self.up
         self.down.transpose()
 

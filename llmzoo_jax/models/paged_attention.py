@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from llmzoo_jax.sharding import per_device
+
 
 class Pages(NamedTuple):
     """``values[P,K,S,H]``; where they are int8, ``scale`` is float32 ``[P,K,S]``. Page 0 belongs to
@@ -41,39 +43,91 @@ class PageView(NamedTuple):
     turns: jax.Array
 
 
-def init_pages(num_pages: int, kv_heads: int, page_size: int, head_dim: int, dtype: Any) -> Pages:
+AXES = (None, "kv_heads", None, None)  # of pages; the devices of a mesh have them by heads
+_VIEW = PageView(*[(None, None)] * 5, ())
+
+
+def init_pages(
+    num_pages: int, kv_heads: int, page_size: int, head_dim: int, dtype: Any, *, device: Any = None
+) -> Pages:
+    """``device``: one, or a sharding."""
     shape = (num_pages, kv_heads, page_size, head_dim)
-    scale = jnp.zeros(shape[:-1], jnp.float32) if dtype == jnp.int8 else None
-    return Pages(jnp.zeros(shape, dtype), scale)
+    scale = jnp.zeros(shape[:-1], jnp.float32, device=device) if dtype == jnp.int8 else None
+    return Pages(jnp.zeros(shape, dtype, device=device), scale)
+
+
+def _axes_of(pages: Pages) -> Pages:
+    return Pages(AXES, None if pages.scale is None else AXES[:-1])
 
 
 def write_pages(pages: Pages, new: jax.Array, view: PageView) -> Pages:
     """Puts ``new[B,K,T,H]`` at ``view.positions`` of the rows."""
-    S, T = pages.values.shape[2], new.shape[2]
+    axes = _axes_of(pages)
+    run = per_device(_write, inputs=(axes, AXES, _VIEW), outputs=axes, undivided="error")
+    return run(pages, new, view)
+
+
+def _write(pages: Pages, new: jax.Array, view: PageView) -> Pages:
+    S = pages.values.shape[2]
     page = jnp.take_along_axis(view.tables, view.positions // S, axis=1)  # [B,T]
     offset = view.positions % S
     scale = None
     if pages.scale is not None:
         scale = jnp.abs(new).max(-1).astype(jnp.float32) / 127.0  # [B,K,T]
         new = jnp.round(new / jnp.where(scale == 0.0, 1.0, scale)[..., None])
-    new = new.astype(pages.values.dtype)
-    if jax.default_backend() != "cpu":
-        at = (page, slice(None), offset)  # the axis of the slice comes behind [B,T]
-        values = pages.values.at[at].set(jnp.swapaxes(new, 1, 2))
-        return Pages(values, scale if scale is None else pages.scale.at[at].set(scale.mT))
+    new = Pages(new.astype(pages.values.dtype), scale)
+    return jax.lax.platform_dependent(
+        pages, new, page, offset, cpu=_write_by_slices, tpu=_write_whole_pages, default=_write_rows
+    )
 
-    def put(i, pages):  # in place; a CPU runs a scatter slower
-        row, t = (i, 0) if T in (1, S) else (i // T, i % T)
-        size = T if T in (1, S) else 1
+
+def _write_by_slices(pages: Pages, new: Pages, page: jax.Array, offset: jax.Array) -> Pages:
+    """In place; a CPU runs a scatter slower."""
+    S, (B, T) = pages.values.shape[2], page.shape
+    size = T if T in (1, S) else 1  # tokens that are together in a page, as far as is known
+
+    def put(i, pages):
+        row, t = (i, 0) if size == T else (i // T, i % T)
         start = (page[row, t], 0, offset[row, t])
-        part = jax.lax.dynamic_slice_in_dim(new[row], t, size, axis=1)  # [K,size,H]
-        values = jax.lax.dynamic_update_slice(pages.values, part[None], (*start, 0))
-        if scale is None:
-            return Pages(values)
-        part = jax.lax.dynamic_slice_in_dim(scale[row], t, size, axis=1)
-        return Pages(values, jax.lax.dynamic_update_slice(pages.scale, part[None], start))
 
-    return jax.lax.fori_loop(0, len(new) * (1 if T in (1, S) else T), put, pages)
+        def put_one(old, new):
+            part = jax.lax.dynamic_slice_in_dim(new[row], t, size, axis=1)  # [K,size,..]
+            return jax.lax.dynamic_update_slice(old, part[None], (*start, *[0] * (old.ndim - 3)))
+
+        return jax.tree.map(put_one, pages, new)
+
+    return jax.lax.fori_loop(0, B * T // size, put, pages)
+
+
+def _write_rows(pages: Pages, new: Pages, page: jax.Array, offset: jax.Array) -> Pages:
+    """One scatter, by one index: by those of page and offset the compiler would turn the whole
+    cache, which has the heads between them."""
+    K, S = pages.values.shape[1:3]
+    row = (page[:, None] * K + jnp.arange(K)[:, None]) * S + offset[:, None]  # [B,K,T]
+
+    def put(old, new):
+        flat = old.reshape(-1, *old.shape[3:]).at[row].set(new, mode="promise_in_bounds")
+        return flat.reshape(old.shape)
+
+    return jax.tree.map(put, pages, new)
+
+
+def _write_whole_pages(pages: Pages, new: Pages, page: jax.Array, offset: jax.Array) -> Pages:
+    """A scatter of pages with their new tokens: a TPU has no small rows, and would turn the whole
+    cache for those."""
+    S, T = pages.values.shape[2], page.shape[1]
+
+    def put(old, new):  # [P,K,S,..], [B,K,T,..]
+        if T == S:
+            return old.at[page[:, 0]].set(new)
+        for t in range(T):
+            here = jnp.arange(S) == offset[:, t, None]  # [B,S]
+            here = here.reshape(len(new), 1, S, *[1] * (old.ndim - 3))
+            part = jnp.where(here, new[:, :, t : t + 1], old[page[:, t]])
+            old = old.at[page[:, t]].set(part)
+        return old
+
+    return jax.tree.map(put, pages, new)
 
 
 def paged_attention(
@@ -82,6 +136,19 @@ def paged_attention(
     """Softmax attention in float32 of ``q[B,K,G,T,H]`` over the pages of its rows, up to each
     query's own position; ``slopes[K,G]`` are ALiBi's. Returns ``[B,K,G,T,H]``, zero for a row
     without pages."""
+    queries = (None, *AXES[1:], None)
+    run = per_device(
+        _attention,
+        inputs=(queries, _axes_of(k), _axes_of(v), _VIEW, None if slopes is None else AXES[1:3]),
+        outputs=queries,
+        undivided="error",
+    )
+    return run(q, k, v, view, slopes)
+
+
+def _attention(
+    q: jax.Array, k: Pages, v: Pages, view: PageView, slopes: jax.Array | None
+) -> jax.Array:
     B, K, G, T, H = q.shape
     S = k.values.shape[2]
     q = q.reshape(B, K, G * T, H) * (1.0 / math.sqrt(H))  # [B,K,R,H]
@@ -133,11 +200,18 @@ def _rows(x: jax.Array, row: jax.Array) -> jax.Array:
 
 
 def _take(pages: Pages, page: jax.Array, dtype: Any) -> jax.Array:
-    """``[W,K,S,H]``. As rows of two axes, which a CPU gathers twice as fast as those of four."""
-    P, *shape = pages.values.shape
-    taken = pages.values.reshape(P, -1).at[page].get(mode="promise_in_bounds")
-    taken = taken.reshape(len(page), *shape)
+    """``[W,K,S,H]``. As rows of two axes, which a CPU gathers twice as fast as those of four; a TPU
+    lays those out in another way, and so would copy the whole cache."""
+
+    def flat(values):
+        taken = values.reshape(len(values), -1).at[page].get(mode="promise_in_bounds")
+        return taken.reshape(len(page), *values.shape[1:])
+
+    def whole(values):
+        return values.at[page].get(mode="promise_in_bounds")
+
+    taken = jax.lax.platform_dependent(pages.values, cpu=flat, default=whole)
     if pages.scale is None:
         return taken
-    scale = pages.scale.at[page].get(mode="promise_in_bounds")[..., None]
+    scale = whole(pages.scale)[..., None]
     return taken.astype(dtype) * scale.astype(dtype)

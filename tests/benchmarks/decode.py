@@ -5,15 +5,22 @@
 Makes a random model, then runs ours, torch, ours, torch, .. with it. Both continue the same
 prompts by the same number of tokens, in float32 with a key/value cache; the first call of each
 batch size (which compiles) is reported apart. The tokens of both sides are compared.
+
+A token of batch 1 reads every weight once, so the machine's memory sets a ceiling, which is
+measured too: how fast all cores together read an array that no cache holds.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 from absl import app, flags
@@ -63,6 +70,26 @@ def torch() -> Callable[[np.ndarray], list[list[int]]]:
     return decode
 
 
+def read_bandwidth(gigabytes: float = 0.5, times: int = 7) -> float:
+    """Bytes a second that all cores read from memory; the best of ``times``."""
+    cores = len(os.sched_getaffinity(0))
+    parts = np.array_split(np.ones(int(gigabytes * 2**28), np.float32), cores)
+    best = math.inf
+    with ThreadPoolExecutor(cores) as threads:
+        for _ in range(times):
+            start = time.perf_counter()
+            list(threads.map(np.max, parts))
+            best = min(best, time.perf_counter() - start)
+    return sum(part.nbytes for part in parts) / best
+
+
+def _embedding(folder: str) -> int:
+    """Parameters of the input embedding, of which a token reads one row, where it is no head."""
+    config = json.loads((Path(folder) / "config.json").read_text("utf-8"))
+    tied = config.get("tie_word_embeddings", True)
+    return 0 if tied else config["vocab_size"] * config["hidden_size"]
+
+
 def run_side() -> dict:
     decode = {"ours": ours, "torch": torch}[sides.SIDE.value]()
     rng = np.random.default_rng(0)
@@ -85,6 +112,8 @@ def run_side() -> dict:
 def compare() -> None:
     with tempfile.TemporaryDirectory() as folder:
         size = sides.write_model(folder)
+        read = 4 * (size - _embedding(folder))
+        bandwidth = read_bandwidth()
         rounds = sides.alternate("tests.benchmarks.decode", folder)
     rows, summary = [], {}
     for B in BATCHES.value:
@@ -115,9 +144,14 @@ def compare() -> None:
     head = ["decode", "ours, tok/s", "torch, tok/s", "ratio", "ours, first call, s"]
     print(f"\n{size:,} parameters; prompts of {PROMPT.value}, {NEW.value} new tokens, float32\n")
     print(sides.table([*head, "torch, first call, s", "timed", "equal tokens"], rows))
+    print(
+        f"\nThe machine reads {bandwidth / 1e9:.1f} GB/s, and a token of batch 1 "
+        f"{read / 1e6:.0f} MB of weights: {bandwidth / read:.0f} tokens/s at most."
+    )
     for result in rounds:
         del result["tokens"]
     flags_ = {"family": sides.FAMILY.value, "prompt": PROMPT.value, "new": NEW.value}
+    flags_ |= {"bytes_a_token": read, "bytes_per_s": bandwidth}
     sides.write_result(flags_ | {"parameters": size, "summary": summary, "rounds": rounds})
 
 

@@ -2,6 +2,7 @@
 
     python -m tests.benchmarks.scaling --chip=h200 --models=llama-7b,phoenix-7b
     python -m tests.benchmarks.scaling --chip=v5p --models=phoenix-7b --chips=64,512,4096
+    python -m tests.benchmarks.scaling --chip=v5e --models=llama-7b --chips=64 --matmul=int8
 
 prints a row of a table for every model and number of chips; the rows a chip has stay the same (weak
 scaling). Figures are those of one chip in one step, as ``llmzoo_jax.plan`` counts them. Needs
@@ -30,6 +31,7 @@ from llmzoo_jax.config import (
 LENGTH = 2048
 TOPOLOGIES = {  # chips: topology
     "h200": {1: "1", 8: "8", 64: "8x8", 512: "64x8", 4096: "512x8"},
+    "v5e": {16: "4x4", 64: "8x8", 256: "16x16"},
     "v5p": {4: "2x2x1", 8: "2x2x2", 64: "4x4x4", 512: "8x8x8", 4096: "16x16x16"},
 }
 
@@ -82,6 +84,7 @@ CASES = {
 
 CHIP = flags.DEFINE_enum("chip", "h200", list(TOPOLOGIES), "What to compile for.")
 MODELS = flags.DEFINE_list("models", list(CASES), "Which models.")
+MATMUL = flags.DEFINE_enum("matmul", "dtype", ["dtype", "int8", "fp8"], "As compute.matmul.")
 CHIPS = flags.DEFINE_list("chips", None, "How many; all that the chip has a topology for.")
 
 
@@ -93,15 +96,20 @@ def config_for(case: Case, chips: int) -> Config:
         tokenizer="",
         data=DataConfig(train=(), sequence_length=LENGTH, batch_size=case.rows * chips // tensor),
         model=case.model,
-        compute=ComputeConfig(dtype="bfloat16", remat="full", loss_chunk=2048 * (chips // tensor)),
+        compute=ComputeConfig(
+            dtype="bfloat16",
+            remat="full",
+            loss_chunk=2048 * (chips // tensor),
+            matmul=MATMUL.value,
+        ),
         mesh=MeshConfig(replica=chips // tensor // fsdp, fsdp=fsdp, tensor=tensor),
     )
 
 
 HEADER = """\
-| model | chips | replica x fsdp x tensor | tokens a chip | memory, GiB | FLOPs | bytes | \
-all-gather, GiB | reduce-scatter | all-reduce | all-to-all, permute | compiled, s |
-|---|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|"""
+| model | chips | replica x fsdp x tensor | tokens a chip | memory, GiB | FLOPs | in 8 bits | \
+bytes | all-gather, GiB | reduce-scatter | all-reduce | all-to-all, permute | compiled, s |
+|---|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|"""
 
 
 def row(name: str, chips: int, mesh: MeshConfig, result: plan.Plan) -> str:
@@ -117,7 +125,9 @@ def row(name: str, chips: int, mesh: MeshConfig, result: plan.Plan) -> str:
         *(name, f"{chips:,}", f"{mesh.replica} x {mesh.fsdp} x {mesh.tensor}"),
         f"{result.tokens // chips:,}",
         f"{result.needed / 2**30:.1f}",
-        *(f"{result.flops_a_device:.2e}", f"{result.traffic.bytes:.2e}"),
+        f"{result.flops_a_device:.2e}",
+        f"{result.flops.eight_bits / result.devices:.2e}",
+        f"{result.traffic.bytes:.2e}",
         *gib,
         f"{result.compile_seconds:.0f}",
     ]

@@ -1,0 +1,102 @@
+"""The programs of an engine, lowered from shapes alone: for the devices here, or for others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from serving import steps
+
+SCORED_PAGES = 2
+TURN = 256  # pages that attention takes at once, at most, where there are thousands of cores
+
+
+def row_sizes(options: Any) -> list[int]:
+    """Of how many rows there is a program."""
+    return _sizes(options.max_batch, only_largest=options.deterministic)
+
+
+def page_sizes(options: Any) -> list[int]:
+    """Of how many pages there is a program that fills them."""
+    pages = options.prefill_tokens // options.page_size
+    return _sizes(pages, only_largest=options.deterministic)
+
+
+def most_pages(options: Any, *, scored: bool) -> int:
+    """That one call fills. Few where their tokens are scored: that has the logits of all places at
+    once."""
+    most = page_sizes(options)[-1]
+    return min(SCORED_PAGES, most) if scored else most
+
+
+def blocks(options: Any, pages: int) -> np.ndarray:
+    """Empty ones, for ``steps.prefill``."""
+    return np.zeros((pages, 2 + 2 * options.page_size + options.pages_a_row + 1), np.int32)
+
+
+def pair_up(options: Any, platform: str, tables: Sequence[Sequence[int]], rows: int) -> steps.Work:
+    """The work of ``rows`` rows, the first of which have the pages of ``tables``."""
+    width = (8 if rows <= 4 else 16) if platform == "cpu" else min(TURN, 16 * rows)
+    apart = options.deterministic
+    lines = -(-rows * (options.pages_a_row + (width if apart else 0)) // width)
+    # A row that is not there has no pairs; ``rows`` marks a pair of nobody.
+    tables = [*tables, *([[]] * (rows - len(tables)))]
+    return steps.pair_up(tables, lines=lines, width=width, apart=apart)
+
+
+def names(options: Any, *, scores: bool = True) -> list[Any]:
+    """Of all programs: their kind, and what it has sizes of. ``scores``: see ``runner.Runner``."""
+    o, rows = options, row_sizes(options)
+    return [
+        *(("decode", B) for B in rows),
+        *(("verify", B) for B in rows if o.speculate and o.speculate_rows >= B),
+        *(("prefill", R, False) for R in page_sizes(o)),
+        *((("prefill", most_pages(o, scored=True), True), "set_counts") if scores else ()),
+    ]
+
+
+def lower(
+    name: Any,
+    options: Any,
+    config: Any,
+    leaves: Sequence[Any],
+    state: steps.State,
+    *,
+    treedef: Any,
+    dtype: str,
+    platform: str,
+    everywhere: jax.sharding.Sharding | None,
+) -> jax.stages.Lowered:
+    """One of ``names``. ``leaves`` and ``state`` are arrays, or shapes with shardings; what the
+    host gives with each call is where ``everywhere`` says. Call it within ``sharding.use``."""
+    o, V, static = options, config.vocab_size, {"treedef": treedef, "dtype": dtype}
+
+    def given(tree):
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), tree
+        )
+
+    match name:
+        case "set_counts":
+            counts = np.int32(0), np.zeros(V, bool), np.zeros(V, np.int16)
+            return steps.set_counts.lower(state, *given(counts))
+        case ("prefill", R, scored):
+            args = given((blocks(o, R), pair_up(o, platform, [], R)))
+            return steps.prefill.lower(leaves, state, *args, scored=scored, **static)
+        case (kind, B):
+            rows = given((steps.pack_rows(B, o.pages_a_row + 1), pair_up(o, platform, [], B)))
+            args = (leaves, state, *rows, given(jax.eval_shape(lambda: steps.no_extras(B, V))))
+            if kind == "decode":
+                return steps.decode.lower(*args, given(np.int32(1)), window=o.window, **static)
+            drafts = given(np.full((B, o.speculate), -1, np.int32))
+            return steps.verify.lower(*args, drafts, **static)
+
+
+def _sizes(largest: int, *, only_largest: bool) -> list[int]:
+    """1, 2, 4, .. and ``largest``."""
+    if only_largest:
+        return [largest]
+    return sorted({largest, *(1 << i for i in range(largest.bit_length()) if 1 << i < largest)})
