@@ -14,15 +14,18 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from llmzoo_jax.byte_tokens import token_bytes
 from llmzoo_jax.conversation import Message
+from llmzoo_jax.errors import InputError
 from llmzoo_jax.inference import Model
 from llmzoo_jax.text_stream import TextStream
 from serving import grammar
+from serving.beam_search import BeamOptions, Search
 from serving.prometheus import Metrics
-from serving.protocol import ApiError, ChatRequest, CompletionRequest, sampling
+from serving.protocol import ApiError, ChatRequest, CompletionRequest, beams, sampling
 from serving.requests import Logprob, OnOutput, Output, Request, Sampling, Stats
 
 T = TypeVar("T")
@@ -72,10 +75,10 @@ class Delta:
 class Choice:
     """One request to the engine, and its text so far."""
 
-    id: str
     stream: TextStream
     prompt: Sequence[int]
     echo: str
+    abort: Callable[[], None] = lambda: None
     finish_reason: str | None = None
     cached_tokens: int = 0
     logprob: float = 0.0
@@ -93,7 +96,6 @@ class Answer:
 
     choices: list[Choice]
     group: int  # choices a prompt
-    abort: Callable[[str], None]
     outputs: asyncio.Queue
     timer: asyncio.TimerHandle
     metrics: Metrics
@@ -105,7 +107,7 @@ class Answer:
         self.timer.cancel()
         for choice in self.choices:
             if choice.finish_reason is None:
-                self.abort(choice.id)
+                choice.abort()
 
     @property
     def usage(self) -> dict[str, Any]:
@@ -154,7 +156,7 @@ class Answer:
         reason = output.finish_reason
         if stream.stopped_by is not None or reason == "deadline":
             reason = "stop" if stream.stopped_by is not None else reason
-            self.abort(choice.id)  # the engine may not know
+            choice.abort()  # the engine may not know
         elif reason == "stop" and self.keep_stop and output.stop_token is not None:
             text += stream.feed([output.stop_token])
         if reason is not None:
@@ -205,10 +207,6 @@ class Completions:
 
     async def complete(self, request: CompletionRequest, *, adapter: str | None = None) -> Answer:
         """As ``chat``, for texts or token ids that are continued."""
-        if (request.best_of or request.n or 1) < (request.n or 1):
-            raise ApiError("best_of is less than n", param="best_of")
-        if request.stream and (request.best_of or 1) > (request.n or 1):
-            raise ApiError("best_of can't be streamed: the best is known last", param="best_of")
         rows = await self.run(self.tokenize, request.prompt, "prompt")
         echoes = await self.run(self._echoes, request, rows)
         prompts = list(zip(rows, echoes, strict=True))
@@ -260,7 +258,8 @@ class Completions:
 
     async def _start(self, request, prompts, make_stream, adapter) -> Answer:
         """Submits every choice, or none. ``prompts``: (tokens, text to echo)."""
-        group = getattr(request, "best_of", None) or request.n or 1
+        options = beams(request)
+        group = (None if options else request.best_of) or request.n or 1
         loop, outputs, started = asyncio.get_running_loop(), asyncio.Queue(), time.monotonic()
         prompts = [(self._cut(ids, request), echo) for ids, echo in prompts]
         room = self.context - max(len(ids) for ids, _ in prompts)
@@ -272,7 +271,6 @@ class Completions:
         answer = Answer(
             choices=choices,
             group=group,
-            abort=self.engine.abort,
             outputs=outputs,
             timer=loop.call_later(seconds, _end, outputs, choices),
             metrics=self.metrics,
@@ -282,26 +280,40 @@ class Completions:
         try:
             for number in range(len(prompts) * group):
                 ids, echo = prompts[number // group]
-                choice = Choice(uuid.uuid4().hex, make_stream(ids), ids, echo)
-                choices.append(choice)
                 # The same for each prompt where it is given, as if they had come one by one.
                 nth = number if request.seed is None else number % group
-                seed = (how.seed + nth) % 2**32
-                self.engine.submit(
-                    Request(
-                        id=choice.id,
-                        prompt=ids,
-                        sampling=replace(how, seed=seed),
-                        deadline=started + seconds,
-                        adapter=adapter,
-                        grammar=make_grammar(),
-                    ),
-                    _sender(loop, outputs, number),
+                one = Request(
+                    id=uuid.uuid4().hex,
+                    prompt=ids,
+                    sampling=replace(how, seed=(how.seed + nth) % 2**32),
+                    deadline=started + seconds,
+                    adapter=adapter,
+                    grammar=make_grammar(),
                 )
+                choices.append(Choice(make_stream(ids), ids, echo))
+                if options is None:
+                    choices[-1].abort = partial(self.engine.abort, one.id)
+                    self.engine.submit(one, _sender(loop, outputs, number))
+                elif len(choices) % group == 0:  # all of this prompt
+                    senders = [_sender(loop, outputs, number + 1 - group + i) for i in range(group)]
+                    search = self._search(request, one, options, senders)
+                    for choice in choices[-group:]:
+                        choice.abort = search.abort
+                    search.start()
         except BaseException:
             answer.close()
             raise
         return answer
+
+    def _search(self, request, one: Request, options: BeamOptions, senders) -> Search:
+        how = one.sampling
+        stops = {*(() if how.ignore_eos else self.model.stop_ids), *how.stop_token_ids}
+        try:
+            return Search(self.engine, one, options, stop_ids=stops, on_outputs=senders)
+        except InputError as error:
+            count = "n" if request.best_of is None else "best_of"
+            param = "max_tokens" if how.max_tokens < 1 else count
+            raise ApiError(str(error), param=param, code="invalid_value") from error
 
     def _cut(self, ids: list[int], request) -> list[int]:
         """Without its beginning, where the request says so."""

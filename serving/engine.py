@@ -49,7 +49,7 @@ class Engine:
         self._rows: dict[str, Row] = {}  # all of them
         self._aborted: dict[str, str] = {}  # id -> why
         self._wake = threading.Condition()
-        self._closing = False
+        self._closing = self._closed = False
         self._thread: threading.Thread | None = None
         self._counts = collections.Counter()
         self._finished = collections.Counter()
@@ -78,15 +78,15 @@ class Engine:
             request, on_output, (*own, *request.sampling.stop_token_ids), list(request.prompt)
         )
         with self._wake:
-            if self._closing:
+            if self._closed or (self._closing and not request.continues):
                 raise Closed("the server is shutting down")
             if request.id in self._rows:
                 raise InputError(f"a request with the id {request.id} is there already")
-            if len(self._waiting) >= self.options.max_waiting:
+            if len(self._waiting) >= self.options.max_waiting and not request.continues:
                 raise QueueFull(len(self._waiting), self._retry_after())
             row.adapter, row.salt = self._adapters.find(request.adapter)
             self._rows[request.id] = row
-            self._waiting.append(row)
+            (self._waiting.appendleft if request.continues else self._waiting.append)(row)
             self._wake.notify()
 
     def abort(self, id: str, reason: str = "abort") -> None:
@@ -144,7 +144,7 @@ class Engine:
     def close(self) -> None:
         """Ends: what still runs is aborted, and the thread with it."""
         with self._wake:
-            self._closing = True
+            self._closing = self._closed = True
             self._aborted.update(dict.fromkeys(self._rows, "abort"))
             self._wake.notify_all()
         if self._thread is not None:
@@ -208,7 +208,7 @@ class Engine:
             self._waiting.popleft()
             row.pages = found + [self.pool.take() for _ in range(need - len(found))]
             row.published = row.filled = 0
-            if not row.started:
+            if not (row.started or row.request.continues):
                 row.cached_tokens = len(found) * size
                 self._counts["prompt"] += len(row.tokens)
                 self._counts["cached"] += row.cached_tokens
@@ -339,7 +339,7 @@ class Engine:
             del self._rows[row.request.id]
             self._finished[output.finish_reason] += 1
             self._wake.notify_all()
-        self._say(row, output)
+            self._say(row, output)  # now, so that what continues it is there before it is gone
 
     def _say(self, row: Row, output: Output) -> None:
         try:

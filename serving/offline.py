@@ -8,7 +8,9 @@ import queue
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from llmzoo_jax.errors import InputError
 from llmzoo_jax.inference import Model, Result
+from serving.beam_search import BeamOptions, Search
 from serving.engine import Engine, EngineOptions
 from serving.requests import Output, Request, Sampling
 
@@ -54,8 +56,7 @@ class EngineModel:
         outputs: queue.Queue[tuple[int, Output]] = queue.Queue()
         rows, streams, ids = [], [], []
         for i, prompt in enumerate(prompts):
-            tokens = self._model.tokenizer(prompt).input_ids if isinstance(prompt, str) else prompt
-            rows.append([int(token) for token in tokens])
+            rows.append(self._tokens(prompt))
             streams.append(self._model.text_stream(rows[i], stops))
             ids.append(f"offline-{next(self._ids)}")
             sampling = Sampling(
@@ -86,6 +87,51 @@ class EngineModel:
             if reason is not None:
                 results[i] = Result(text, new[i], reason, len(rows[i]))
         return [results[i] for i in range(len(rows))]
+
+    def beam_search(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        options: BeamOptions,
+        *,
+        max_new_tokens: int = 64,
+        n: int = 1,
+    ) -> list[list[Result]]:
+        """The ``n`` likeliest of ``options.beams`` answers to each prompt, the best first."""
+        if not 1 <= n <= options.beams:
+            raise InputError(f"n={n}: 1 to the {options.beams} beams")
+        engine, model = self._engine, self._model
+        outputs: queue.Queue[tuple[int, int, Output]] = queue.Queue()
+        rows = [self._tokens(prompt) for prompt in prompts]
+        for i, row in enumerate(rows):
+            if len(row) + max_new_tokens > self._options.context:
+                raise InputError(
+                    f"prompt {i + 1} has {len(row)} tokens, with max_new_tokens={max_new_tokens} "
+                    f"that is more than context={self._options.context}"
+                )
+            sampling = Sampling(max_tokens=max_new_tokens)
+            Search(
+                engine,
+                Request(id=f"offline-{next(self._ids)}", prompt=row, sampling=sampling),
+                options,
+                stop_ids=model.stop_ids,
+                on_outputs=[lambda output, i=i, j=j: outputs.put((i, j, output)) for j in range(n)],
+            ).start()
+        results: list[list[Result]] = [[Result(None, [], "", 0)] * n for _ in rows]
+        for _ in range(n * len(rows)):
+            i, j, output = outputs.get()
+            if output.error is not None:
+                raise RuntimeError(f"prompt {i + 1}: {output.error}")
+            text, stream = None, model.text_stream(rows[i])
+            if stream is not None:
+                stream.feed(output.tokens)
+                stream.finish(whole=output.finish_reason == "stop")
+                text = stream.text
+            results[i][j] = Result(text, output.tokens, output.finish_reason, len(rows[i]))
+        return results
+
+    def _tokens(self, prompt: str | Sequence[int]) -> list[int]:
+        ids = self._model.tokenizer(prompt).input_ids if isinstance(prompt, str) else prompt
+        return [int(token) for token in ids]
 
 
 @contextlib.contextmanager

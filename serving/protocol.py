@@ -7,9 +7,10 @@ extensions have vLLM's names.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -17,6 +18,7 @@ import pydantic_core
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from llmzoo_jax.errors import InputError
+from serving.beam_search import BeamOptions
 from serving.requests import Sampling
 
 MAX_CHOICES = 128  # of a prompt; OpenAI's own limit
@@ -128,6 +130,10 @@ class _Generation(_Body):
     logit_bias: dict[str, float] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     n: Choices | None = None
+    best_of: Choices | None = None
+    use_beam_search: bool | None = None  # with ``best_of`` beams, else ``n``
+    length_penalty: float | None = None
+    early_stopping: bool | Literal["never"] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
     stop_token_ids: list[int] | None = None
     include_stop_str_in_output: bool | None = None
@@ -158,7 +164,6 @@ class ChatRequest(_Generation):
 
 class CompletionRequest(_Generation):
     prompt: str | list[str] | list[int] | list[list[int]]
-    best_of: Choices | None = None
     echo: bool | None = None
     logprobs: int | None = None
 
@@ -205,6 +210,9 @@ class Refused:
     off: tuple[Any, ...]
     why: str
 
+    def is_off(self, value: Any) -> bool:
+        return any(value == off and type(value) is type(off) for off in self.off)
+
 
 _TOOLS = "the chat formats here have no tool calls"
 _TEXT = "only text comes in and goes out"
@@ -239,6 +247,28 @@ REFUSED: Mapping[type[_Body], Mapping[str, Refused]] = {
     },
 }
 
+_DRAWN = "the likeliest answers are searched for, none is drawn"
+_RULED = "answers are scored by the model's own probabilities"
+BESIDE_BEAMS: Mapping[str, Refused] = {  # what can't act with ``use_beam_search``
+    "temperature": Refused((None, 0.0), _DRAWN),
+    "top_k": Refused((None, 0, -1), _DRAWN),
+    "top_p": Refused((None, 1.0), _DRAWN),
+    "min_p": Refused((None, 0.0), _DRAWN),
+    "repetition_penalty": Refused((None, 1.0), _RULED),
+    "presence_penalty": Refused((None, 0.0), _RULED),
+    "frequency_penalty": Refused((None, 0.0), _RULED),
+    "logit_bias": Refused((None, {}), _RULED),
+    "min_tokens": Refused((None, 0), _RULED),
+    "structured_outputs": Refused((None,), _RULED),
+    "response_format": Refused((None, ResponseFormat(type="text")), _RULED),
+    "stop": Refused((None, []), "beams end at tokens alone; use stop_token_ids"),
+    "repetition_stop": Refused((None, 0), "beams end at tokens alone"),
+    "logprobs": Refused((None, False), "they are used for the search"),
+    "top_logprobs": Refused((None,), "they are used for the search"),
+    "prompt_logprobs": Refused((None,), "they are used for the search"),
+    "stream": Refused((None, False), "the best answer is known last"),
+}
+
 Request = TypeVar("Request", bound=_Body)
 
 
@@ -253,7 +283,7 @@ def parse(kind: type[Request], data: bytes) -> Request:
     refused = REFUSED.get(kind, {})
     for name in refused.keys() & body.keys():
         value = body.pop(name)
-        if not any(value == off and type(value) is type(off) for off in refused[name].off):
+        if not refused[name].is_off(value):
             raise ApiError(
                 f"{name} is not supported: {refused[name].why}",
                 param=name,
@@ -266,13 +296,37 @@ def parse(kind: type[Request], data: bytes) -> Request:
             f"unknown parameter {unknown[0]!r}{hint}", param=unknown[0], code="unknown_parameter"
         )
     try:
-        return kind.model_validate(body)
+        request = kind.model_validate(body)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(str(part) for part in first["loc"])
         raise ApiError(
             f"{where}: {first['msg']}", param=str(first["loc"][0]), code="invalid_value"
         ) from error
+    if isinstance(request, _Generation):
+        _check_choices(request)
+    return request
+
+
+def _check_choices(request: _Generation) -> None:
+    """How many there are, and how they are found."""
+    more = request.best_of is not None and request.best_of > (request.n or 1)
+    if request.best_of is not None and request.best_of < (request.n or 1):
+        raise ApiError("best_of is less than n", param="best_of")
+    if request.use_beam_search:
+        for name, refused in BESIDE_BEAMS.items():
+            if not refused.is_off(getattr(request, name, None)):
+                raise ApiError(
+                    f"{name} can't be used with use_beam_search: {refused.why}",
+                    param=name,
+                    code="unsupported_parameter",
+                )
+        return
+    for name in ("length_penalty", "early_stopping"):
+        if getattr(request, name) is not None:
+            raise ApiError(f"{name} needs use_beam_search=true", param=name)
+    if request.stream and more:
+        raise ApiError("best_of can't be streamed: the best is known last", param="best_of")
 
 
 # --- what the engine is asked -------------------------------------------------------------------
@@ -302,20 +356,37 @@ def sampling(request: _Generation, *, room: int, seed: int) -> Sampling:
             values["max_tokens"] = DEFAULT_COMPLETION_TOKENS
         if request.echo and request.logprobs is not None and request.prompt_logprobs is None:
             values["prompt_logprobs"] = request.logprobs
-        if (request.best_of or 1) > (request.n or 1) and request.logprobs is None:
-            values["logprobs"] = 0  # they say which are the best
+    if (request.best_of or 1) > (request.n or 1) and values["logprobs"] is None:
+        values["logprobs"] = 0  # they say which are the best
     if request.top_k is not None:
         values["top_k"] = 0 if request.top_k == -1 else request.top_k  # vLLM's two ways of off
     if request.logit_bias:
         values["logit_bias"] = dict(itertools.starmap(_bias, request.logit_bias.items()))
     values["stop_token_ids"] = tuple(request.stop_token_ids or ())
     values["seed"] = (seed if request.seed is None else request.seed) % 2**32
-    try:
+    with _naming_the_parameter():
         return Sampling(**{name: v for name, v in values.items() if v is not None})
+
+
+@contextlib.contextmanager
+def _naming_the_parameter() -> Iterator[None]:
+    """An InputError that begins with "NAME=" is the ApiError of that parameter."""
+    try:
+        yield
     except InputError as error:
         raise ApiError(
             str(error), param=str(error).partition("=")[0], code="invalid_value"
         ) from error
+
+
+def beams(request: _Generation) -> BeamOptions | None:
+    """None: no beam search."""
+    if not request.use_beam_search:
+        return None
+    given = {name: getattr(request, name) for name in ("length_penalty", "early_stopping")}
+    given = {name: value for name, value in given.items() if value is not None}
+    with _naming_the_parameter():
+        return BeamOptions(beams=request.best_of or request.n or 1, **given)
 
 
 def _bias(token: str, bias: float) -> tuple[int, float]:

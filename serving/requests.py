@@ -88,7 +88,8 @@ class Sampling:
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """``prompt`` has one token or more. ``deadline`` is a ``time.monotonic()`` after which the
-    request ends, wherever it is. ``adapter`` names a LoRA adapter that the engine has."""
+    request ends, wherever it is. ``adapter`` names a LoRA adapter that the engine has. What
+    ``continues`` a search that has begun goes before those who wait, and is taken to the end."""
 
     id: str
     prompt: Sequence[int]
@@ -96,6 +97,7 @@ class Request:
     deadline: float | None = None
     adapter: str | None = None
     grammar: Grammar | None = None
+    continues: bool = False
 
 
 @dataclass(frozen=True)

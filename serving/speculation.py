@@ -21,7 +21,7 @@ Guesses = list[list[int]]  # of each row; none where nothing is guessed
 
 def look_up(rows: Sequence[Row], count: int) -> Guesses | None:
     """Guesses from the rows' own tokens; None where fewer than half of the rows have any."""
-    guesses = [find(row.tokens, count) if row.free else [] for row in rows]
+    guesses = [find(row.tokens, count)[: row.left - 1] if row.free else [] for row in rows]
     return guesses if 2 * sum(map(bool, guesses)) >= len(rows) else None
 
 

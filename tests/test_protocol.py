@@ -106,6 +106,11 @@ GENERATION = {
         3,
         lambda r: len(r.body["choices"]) == 3 and len({a.sampling.seed for a in r.asked}) == 3,
     ),
+    "best_of": (3, lambda r: len(r.asked) == 3 and len(r.body["choices"]) == 1),
+    # Without a number of beams one: the first answer; each step is a request of its own.
+    "use_beam_search": (True, lambda r: len(r.asked) == r.body["usage"]["completion_tokens"] > 5),
+    "length_penalty": (0.0, lambda r: r.body["usage"]["completion_tokens"] == 0),
+    "early_stopping": (True, lambda r: r.body["usage"]["completion_tokens"] == 1),
     "stop": (["never", "two"], lambda r: r.text == "one " and r.choice["finish_reason"] == "stop"),
     "stop_token_ids": same("stop_token_ids", [43, 44], (43, 44)),
     "include_stop_str_in_output": (True, lambda r: r.text == "one two"),
@@ -136,7 +141,6 @@ ROWS = {
     CompletionRequest: {
         **GENERATION,
         "prompt": ([5, 6], lambda r: r.asked[0].prompt == [5, 6]),
-        "best_of": (3, lambda r: len(r.asked) == 3 and len(r.body["choices"]) == 1),
         "echo": (True, lambda r: r.text == "Hi you" + SAID),
         "logprobs": (1, lambda r: len((r.choice["logprobs"] or {}).get("tokens", ())) > 5),
     },
@@ -161,7 +165,12 @@ ROWS = {
         "tokens": ([43, 82], lambda r: r.body["prompt"] == "Ho"),
     },
 }
+# The fake engine says at every step: 100, or half as likely 101.
+BEAMS = {"use_beam_search": True, "best_of": 2, "stop_token_ids": [101], "max_tokens": 4}
 WITH = {  # what a parameter needs beside it to be seen
+    "early_stopping": BEAMS,
+    "length_penalty": BEAMS,
+    "use_beam_search": {"max_tokens": 6, "ignore_eos": True},
     "include_stop_str_in_output": {"stop": "two"},
     "min_tokens": {"max_tokens": 9},
     "stop_token_ids": {"max_tokens": 9},
@@ -273,11 +282,16 @@ BAD = {  # values out of range or of the wrong kind, and the parameter that is n
         {"structured_outputs": {"choice": []}}, {"structured_outputs": {"grammar": "x: %"}},
         {"structured_outputs": {"json": {"type": "nothing"}}},
         {"stream_options": {"include_usage": True}}, {"truncate_prompt_tokens": 0},
+        {"best_of": 1, "n": 2}, {"best_of": 2, "stream": True}, {"length_penalty": 1.0},
+        {"early_stopping": True}, {"early_stopping": "always", "use_beam_search": True},
+        {"use_beam_search": True, "n": 20}, {"use_beam_search": True, "best_of": 20},
+        {"use_beam_search": True, "max_tokens": 0},
+        {"use_beam_search": True, "length_penalty": 11},
     ],
     CompletionRequest: [
         {"prompt": []}, {"prompt": [[]]}, {"prompt": [620]}, {"prompt": [[1], [-1]]},
         {"prompt": ["a", 1]}, {"prompt": None}, {"logprobs": 21}, {"best_of": 1, "n": 2},
-        {"best_of": 2, "stream": True}, {"echo": 1},
+        {"best_of": 2, "stream": True}, {"echo": 1}, {"use_beam_search": True, "logprobs": 0},
     ],
     EmbeddingRequest: [{"input": []}, {"input": [620]}, {"encoding_format": "int8"}],
     protocol.TokenizeRequest: [{"prompt": None}],
@@ -293,6 +307,27 @@ def test_a_bad_value_is_a_400_that_names_the_parameter(server, kind, changes):
     assert (refused.status, refused.asked) == (400, [])
     assert refused.body["error"]["param"] in changes
     assert refused.body["error"]["message"]
+
+
+NOT_OFF = {"stop": "a", "logit_bias": {"5": 1.0}, "response_format": {"type": "json_object"},
+           "structured_outputs": {"regex": "a"}, "repetition_stop": 2}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [ChatRequest, CompletionRequest], ids=str)
+def test_what_cannot_act_with_beams_is_refused_by_name(server, kind):
+    small = {"use_beam_search": True, "max_tokens": 2}
+    for name, refused in protocol.BESIDE_BEAMS.items():
+        if name not in kind.model_fields:
+            continue
+        kind_of = str(kind.model_fields[name].annotation)
+        value = NOT_OFF.get(name, True if "bool" in kind_of else 1 if "int" in kind_of else 0.5)
+        answer = ask(server, kind, **small, **{name: value})
+        assert (answer.status, answer.asked) == (400, []), name
+        assert answer.body["error"]["param"] == name and name in answer.body["error"]["message"]
+        for off in refused.off:
+            off = off.model_dump() if name == "response_format" and off else off
+            if not (name == "logprobs" and kind is CompletionRequest and off is not None):
+                assert ask(server, kind, **small, **{name: off}).status == 200, (name, off)
 
 
 def test_a_prompt_that_does_not_fit_is_an_error_and_never_cut(server):

@@ -1,6 +1,6 @@
 """What a draft model brings: the engine with and without one, by how often the draft is right.
 
-    python -m tests.benchmarks.speculate --family=llama --depths=0,0.1,0.3 --out=speculate.json
+    python -m tests.benchmarks.speculate --family=llama --depths=0,0.01,0.03 --out=speculate.json
 
 Makes a random model; its first layer alone is the draft, and what the other layers add is scaled by
 each of --depths, so that the draft is right always (0) or less and less often. Answers are
@@ -25,7 +25,7 @@ from tests.benchmarks import sides
 
 flags.adopt_module_key_flags(sides)
 
-DEPTHS = flags.DEFINE_list("depths", ["0", "0.1", "0.3"], "How much the draft lacks.")
+DEPTHS = flags.DEFINE_list("depths", ["0", "0.01", "0.03"], "How much the draft lacks.")
 ROWS = flags.DEFINE_list("rows", ["1", "4"], "Requests at a time.")
 GUESSES = flags.DEFINE_integer("guesses", 4, "Tokens that are guessed at a time.")
 NEW = flags.DEFINE_integer("new", 128, "Tokens of each answer.")
