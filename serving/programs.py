@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from serving import steps
 
 SCORED_PAGES = 2
 TURN = 256  # pages that attention takes at once, at most, where there are thousands of cores
+ON_CHIP = 16 * 2**20  # bytes of them on a TPU, so that they need not go back to main memory
 
 
 def row_sizes(options: Any) -> list[int]:
@@ -37,9 +39,21 @@ def blocks(options: Any, pages: int) -> np.ndarray:
     return np.zeros((pages, 2 + 2 * options.page_size + options.pages_a_row + 1), np.int32)
 
 
-def pair_up(options: Any, platform: str, tables: Sequence[Sequence[int]], rows: int) -> steps.Work:
+def turn(state: steps.State, platform: str, rows: int) -> int:
+    """How many pages attention takes at once."""
+    if platform == "cpu":
+        return 8 if rows <= 4 else 16
+    pages = state.cache.k[0].values
+    page = math.prod(pages.sharding.shard_shape(pages.shape)[1:]) * pages.dtype.itemsize
+    most = max(8, ON_CHIP // page) if platform == "tpu" else TURN
+    return min(TURN, most, 16 * rows)
+
+
+def pair_up(
+    options: Any, state: steps.State, platform: str, tables: Sequence[Sequence[int]], rows: int
+) -> steps.Work:
     """The work of ``rows`` rows, the first of which have the pages of ``tables``."""
-    width = (8 if rows <= 4 else 16) if platform == "cpu" else min(TURN, 16 * rows)
+    width = turn(state, platform, rows)
     apart = options.deterministic
     lines = -(-rows * (options.pages_a_row + (width if apart else 0)) // width)
     # A row that is not there has no pairs; ``rows`` marks a pair of nobody.
@@ -86,10 +100,11 @@ def lower(
             counts = np.int32(0), np.zeros(V, bool), np.zeros(V, np.int16)
             return steps.set_counts.lower(state, *given(counts))
         case ("prefill", R, scored):
-            args = given((blocks(o, R), pair_up(o, platform, [], R)))
+            args = given((blocks(o, R), pair_up(o, state, platform, [], R)))
             return steps.prefill.lower(leaves, state, *args, scored=scored, **static)
         case (kind, B):
-            rows = given((steps.pack_rows(B, o.pages_a_row + 1), pair_up(o, platform, [], B)))
+            work = pair_up(o, state, platform, [], B)
+            rows = given((steps.pack_rows(B, o.pages_a_row + 1), work))
             args = (leaves, state, *rows, given(jax.eval_shape(lambda: steps.no_extras(B, V))))
             if kind == "decode":
                 return steps.decode.lower(*args, given(np.int32(1)), window=o.window, **static)

@@ -205,7 +205,7 @@ class Runner:
         return self._programs[name]
 
     def _pair_up(self, tables: Sequence[Sequence[int]], rows: int) -> steps.Work:
-        return programs.pair_up(self.options, self._platform, tables, rows)
+        return programs.pair_up(self.options, self.state, self._platform, tables, rows)
 
     def _extras(self, rows: Sequence[Row], B: int) -> steps.Extras:
         extras = self._no_extras[B]

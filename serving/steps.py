@@ -242,33 +242,38 @@ def _controls(rows: jax.Array, extras: Extras, V: int) -> _Controls:
         asked |= (extras.bias_ids >= 0).any(-1) | (extras.allowed != -1).any(-1)
         # One condition around all: each copies the logits, even where it is false.
         apply = functools.partial(constrain_some, early=early, state=state)
-        return jax.lax.cond(asked.any(), apply, lambda x: x, logits)
+        return _where_asked(asked.any(), apply, logits)
 
     def constrain_some(logits, early, state):
-        logits = jax.lax.cond(
+        logits = _where_asked(
             penalised.any(),
-            lambda x: penalise(x, state.in_prompt[slot], state.counts[slot], penalties),
-            lambda x: x, logits,
+            lambda x: penalise(x, state.in_prompt[slot], state.counts[slot], penalties), logits,
         )  # fmt: skip
         ids = jnp.where(extras.bias_ids < 0, V, extras.bias_ids)  # V: out of range, dropped
-        logits = jax.lax.cond(
+        logits = _where_asked(
             (extras.bias_ids >= 0).any(),
-            lambda x: x.at[everyone, ids].add(extras.bias, mode="drop"), lambda x: x, logits,
+            lambda x: x.at[everyone, ids].add(extras.bias, mode="drop"), logits,
         )  # fmt: skip
-        logits = jax.lax.cond(
+        logits = _where_asked(
             (extras.allowed != -1).any(),
-            lambda x: jnp.where(_bits(extras.allowed, V), x, -jnp.inf), lambda x: x, logits,
+            lambda x: jnp.where(_bits(extras.allowed, V), x, -jnp.inf), logits,
         )  # fmt: skip
         ids = jnp.where(early[:, None] & (stops >= 0), stops, V)
-        return jax.lax.cond(
-            early.any(), lambda x: x.at[everyone, ids].set(-jnp.inf, mode="drop"), lambda x: x,
-            logits,
-        )  # fmt: skip
+        return _where_asked(
+            early.any(), lambda x: x.at[everyone, ids].set(-jnp.inf, mode="drop"), logits
+        )
 
     def count(counts, token, active):
         return counts.at[slot, token].add((active & penalised).astype(counts.dtype))
 
     return _Controls(row, stops, rows[:, STOPS.stop :], params, constrain, count)
+
+
+def _where_asked(asked: jax.Array, change: Callable, logits: jax.Array) -> jax.Array:
+    """``change(logits)``, or ``logits``; split over devices by tokens in both cases, else the
+    compiler may gather them, even where nobody asked."""
+    keep = functools.partial(sharding.constrain, axes=COUNTS, uneven="replicate")
+    return keep(jax.lax.cond(asked, lambda x: keep(change(x)), keep, logits))
 
 
 class Scores(NamedTuple):

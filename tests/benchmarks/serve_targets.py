@@ -143,7 +143,7 @@ def compile_one(
     loops = sorted(traffic.unknown_loops.values())
     attention = loops[:-1] if name[0] == "decode" else loops
     pages = rows * -(-tokens // o.page_size)
-    turn = programs.pair_up(o, platform, [], rows).rows.shape[1]
+    turn = programs.turn(state, platform, rows)
     more = -(-pages // turn) - 1
     return Compiled(
         memory=memory.argument_size_in_bytes + memory.temp_size_in_bytes,
