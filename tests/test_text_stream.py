@@ -191,10 +191,10 @@ def test_a_long_text_costs_no_more_a_token_than_a_short_one():
 
     def seconds(count: int) -> float:
         stream = TextStream(tiny("bpe"), (), ("ab" * 50, "aa" * 50))
-        start = time.perf_counter()
+        start = time.thread_time()
         for i in range(0, count, 4):
             stream.feed(tokens[i : i + 4])
-        return time.perf_counter() - start
+        return time.thread_time() - start
 
     seconds(100)
     short = min(seconds(4_000) for _ in range(3))
