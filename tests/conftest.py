@@ -8,10 +8,19 @@ import atexit
 import os
 import shutil
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Programs of tests are compiled for longer than they run. Commands inherit this.
+os.environ["XLA_FLAGS"] = " ".join(
+    (
+        "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+        *(["--xla_cpu_use_fusion_emitters=false"] if version("jax") < "0.11" else []),
+        os.environ.get("XLA_FLAGS", ""),
+    )
+)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # what one test has compiled, others load
     compiled = tempfile.mkdtemp(prefix="compiled-")

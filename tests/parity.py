@@ -186,17 +186,6 @@ def padding_mask(shape, lengths) -> np.ndarray:
     return np.arange(shape[1])[None] < np.asarray(lengths)[:, None]
 
 
-# The same program, compiled several times faster into slower code.
-_QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-if jax.__version_info__ < (0, 11):
-    _QUICK["xla_cpu_use_fusion_emitters"] = False
-
-
-def quick_jit(function, **kwargs):
-    """``jax.jit`` for programs that run once on tiny arrays."""
-    return jax.jit(function, compiler_options=_QUICK, **kwargs)
-
-
 @functools.partial(jax.jit, static_argnames="dtype")
 def forward(model, tokens, segment_ids, positions, dtype: str = "float32"):
     """Our logits ``[B,T,V]`` of packed rows."""

@@ -59,7 +59,7 @@ def random_case(kind, length, seed=0):
 def value_and_gradients(function, arrays):
     """The output, and the gradients of a sum in which every element counts differently."""
 
-    @parity.quick_jit
+    @jax.jit
     def run(arrays):
         out = function(*arrays)
         weights = jnp.cos(jnp.arange(out.size)).reshape(out.shape)

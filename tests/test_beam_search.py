@@ -56,7 +56,7 @@ def prompts(seed, n=3):
     return [[rng.randrange(80) for _ in range(rng.randrange(2, 30))] for _ in range(n)]
 
 
-@pytest.fixture(scope="module", params=[BLOOM, LLAMA])
+@pytest.fixture(scope="module", params=[BLOOM, pytest.param(LLAMA, marks=pytest.mark.slow)])
 def pair(request, tmp_path_factory):
     """(case, transformers' model)"""
     pytest.importorskip("torch")

@@ -17,7 +17,6 @@ from llmzoo_jax.distributed import DistributedError
 from tests.tiny_tokenizers import SENTENCES, conversation, tiny
 
 STEPS = 4
-QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 CONFIG = """
 from llmzoo_jax.config import *
 
@@ -80,7 +79,6 @@ def train_in(
     environment = os.environ | {
         "JAX_NUM_CPU_DEVICES": str(devices),
         "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}",
-        "XLA_FLAGS": QUICK,
     }
     logs = [folder / f"process{i}.log" for i in range(processes)]
     started = []

@@ -165,7 +165,7 @@ def alone(case, seed=0):
     return found
 
 
-QUICK = {(BLOOM, "small"), (LLAMA, "small"), (LLAMA, "speculative"), (LLAMA, "deterministic")}
+QUICK = {(BLOOM, "small"), (LLAMA, "small"), (LLAMA, "deterministic")}
 ENGINES_OF_ALL_KINDS = [
     pytest.param(case, name, marks=() if (case, name) in QUICK else pytest.mark.slow)
     for case in (BLOOM, LLAMA)

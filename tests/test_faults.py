@@ -64,7 +64,8 @@ def start(folder: Path, run_dir: Path, *options: str, what: str = "nothing", dev
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
     environment = os.environ | cache | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "RUN_DIR": str(run_dir),
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}",
+        "RUN_DIR": str(run_dir),
     }  # fmt: skip
     with open(f"{run_dir}.log", "w") as log:
         return subprocess.Popen(
@@ -212,6 +213,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(disk)], check=True)
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_in_a_save_leaves_the_checkpoint_before_it_whole(
     folder, undisturbed, small_disk
 ):

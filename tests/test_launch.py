@@ -12,7 +12,6 @@ import pytest
 
 from llmzoo_jax import metrics
 from tests import test_distributed
-from tests.test_distributed import QUICK
 
 SCRIPTS = ("common", "local", "quickstart", "slurm", "test", "tpu_vm")
 folder = test_distributed.folder  # a config and what it needs
@@ -47,7 +46,7 @@ def bash(repository: Path, *command: str, **environment: str) -> subprocess.Comp
     return subprocess.run(
         ["bash", f"launch/{command[0]}.sh", *command[1:]],
         cwd=repository,
-        env=os.environ | {"PYTHON": sys.executable, "XLA_FLAGS": QUICK} | environment,
+        env=os.environ | {"PYTHON": sys.executable} | environment,
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
@@ -110,7 +109,7 @@ def test_local_processes_all_stop_at_a_signal(folder, repository):
     process = subprocess.Popen(
         ["bash", "launch/local.sh", "2", *flags, "--config.optim.steps=100000"],
         cwd=repository,
-        env=os.environ | {"PYTHON": sys.executable, "XLA_FLAGS": QUICK},
+        env=os.environ | {"PYTHON": sys.executable},
         stdout=subprocess.PIPE,
         text=True,
     )

@@ -166,6 +166,7 @@ def test_stop_ids_hold_eos_and_those_of_the_format(name, tmp_path):
 # --- text ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_row_does_not_depend_on_its_batch(loaded):
     model, prompts = loaded["bpe"], ["Hello", "素早い茶色の狐がのろまな犬を", [9, 8, 7]]
     options = {"max_new_tokens": 24, "temperature": 0.7}

@@ -36,7 +36,7 @@ def random_adapters(config, model, seed=3, scale=0.2):
 
 @functools.cache
 def loss_and_grads(accumulation=1, compute=FLOAT32):
-    return parity.quick_jit(
+    return jax.jit(
         functools.partial(steps.loss_and_grads, compute=compute, accumulation=accumulation)
     )
 
@@ -148,9 +148,7 @@ def test_training_losses_equal_a_torch_loop_with_peft(pair):
     want, want_norms = torch_losses(copy.deepcopy(pair.theirs), batches)
     tx = optim.make_optimizer(TRAINING, STEPS)
     state = steps.start_state(pair.adapters, tx)._replace(base=pair.base)
-    step = parity.quick_jit(
-        functools.partial(steps.train_step, tx=tx, compute=FLOAT32, accumulation=1)
-    )
+    step = jax.jit(functools.partial(steps.train_step, tx=tx, compute=FLOAT32, accumulation=1))
     losses, norms = [], []
     for examples in batches:
         state, metrics = step(state, packed(examples, sequence_length=32, rows=7))

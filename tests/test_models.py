@@ -89,7 +89,7 @@ def test_cached_decoding_equals_the_full_forward(case, form):
         config, 4, slots, dtype=jnp.float32, unrolled=isinstance(used.blocks, tuple)
     )
 
-    @parity.quick_jit
+    @jax.jit
     def extend(model, cache, tokens, positions):
         x, cache = model.hidden(tokens, models.cache_mask(positions), positions, kv_cache=cache)
         return model.logits(x), cache
@@ -125,7 +125,7 @@ def packed_batch(config, length=24) -> Batch:
 def loss_and_gradients(case, **compute):
     config, model = parity.our_config(case), parity.our_model(case)
     run = functools.partial(steps.loss_and_grads, compute=ComputeConfig(**compute), accumulation=1)
-    loss, _, grads = parity.quick_jit(run)(model, packed_batch(config))
+    loss, _, grads = jax.jit(run)(model, packed_batch(config))
     return float(loss), grads
 
 

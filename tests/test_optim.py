@@ -35,12 +35,12 @@ def run(config, params, count=3):
     """Parameters after ``count`` updates with random gradients; of a config or a transformation."""
     tx = optim.update_rule(config, 10) if isinstance(config, OptimConfig) else config
 
-    @parity.quick_jit
+    @jax.jit
     def update(params, state, grads):
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    state = parity.quick_jit(tx.init)(params)
+    state = jax.jit(tx.init)(params)
     for seed in range(count):
         params, state = update(params, state, gradients(params, seed))
     return params
@@ -202,9 +202,7 @@ def test_every_optimiser_learns_and_fewer_bits_learn_as_well(optimizer):
     for dtype in DTYPES:
         tx = optim.make_optimizer(toy_config(optimizer, dtype), 60)
         state = steps.start_state(toy(jax.random.key(1)), tx)
-        state, losses = parity.quick_jit(lambda s, tx=tx: jax.lax.scan(toy_step(tx), s, length=60))(
-            state
-        )
+        state, losses = jax.jit(lambda s, tx=tx: jax.lax.scan(toy_step(tx), s, length=60))(state)
         assert losses[0] > 4
         last[dtype] = float(losses[-1])
     assert last["float32"] < 0.3
@@ -262,12 +260,12 @@ def test_state_is_laid_out_as_the_parameters_and_updates_agree(sizes, optimizer,
             updates, state = tx.update(grads, state, params)
         return updates, state
 
-    want, _ = parity.quick_jit(two)(params, grads)
+    want, _ = jax.jit(two)(params, grads)
     mesh = sharding.make_mesh(MeshConfig(**dict(zip(sharding.AXES, sizes, strict=True))))
     layout = sharding.tree_shardings(jax.eval_shape(two, params, grads), mesh)
     own = sharding.tree_shardings(params, mesh)
     with jax.set_mesh(mesh):
-        got, state = parity.quick_jit(two, out_shardings=layout)(
+        got, state = jax.jit(two, out_shardings=layout)(
             jax.device_put(params, own), jax.device_put(grads, own)
         )
     # Where a sum differs in its last bit, a number may be rounded the other way.
@@ -291,9 +289,9 @@ def test_state_is_laid_out_as_the_parameters_and_updates_agree(sizes, optimizer,
 ])  # fmt: skip
 def test_a_resumed_run_is_bitwise_the_undisturbed_one(optimizer, dtype, tmp_path):
     tx = optim.make_optimizer(toy_config(optimizer, dtype), 10)
-    step = parity.quick_jit(toy_step(tx))
+    step = jax.jit(toy_step(tx))
     mesh = sharding.make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
-    state = parity.quick_jit(functools.partial(steps.start_state, tx=tx))(toy(jax.random.key(3)))
+    state = jax.jit(functools.partial(steps.start_state, tx=tx))(toy(jax.random.key(3)))
     abstract = jax.eval_shape(lambda: steps.start_state(toy(jax.random.key(3)), tx))
     for _ in range(3):
         state, _ = step(state, None)
@@ -328,6 +326,6 @@ def test_weights_decay_and_norms_and_biases_do_not_whatever_the_optimiser():
     for optimizer in OPTIMIZERS:
         config = dataclasses.replace(PLAIN, optimizer=optimizer)
         tx = optim.make_optimizer(config, 10)
-        updates = parity.quick_jit(lambda p, tx=tx: tx.update(zeros, tx.init(p), p)[0])(params)
+        updates = jax.jit(lambda p, tx=tx: tx.update(zeros, tx.init(p), p)[0])(params)
         for path, x in jax.tree_util.tree_flatten_with_path(updates)[0]:
             assert bool(jnp.any(x)) == path_name(path).endswith(".w"), (optimizer, path_name(path))

@@ -187,7 +187,7 @@ def test_a_quantised_base_computes_what_its_dense_copy_does(family, quantise):
         lambda x: 0.1 * jax.random.normal(jax.random.key(1), x.shape), lora.abstract(config, model)
     )
     dense = lora.merge(base, {})
-    grads = parity.quick_jit(
+    grads = jax.jit(
         functools.partial(steps.loss_and_grads, compute=ComputeConfig(), accumulation=1)
     )
     loss, _, got = grads(adapters, batch, base=base)

@@ -91,7 +91,7 @@ def loss_and_grads(accumulation):
 @functools.cache
 def one_device(family):
     """(loss, losses, gradients) without any mesh."""
-    return jax.device_get(parity.quick_jit(loss_and_grads(1))(model_of(family), packed_batch()))
+    return jax.device_get(jax.jit(loss_and_grads(1))(model_of(family), packed_batch()))
 
 
 def on_mesh(family, sizes, accumulation):
@@ -100,7 +100,7 @@ def on_mesh(family, sizes, accumulation):
     placed = jax.device_put(model, sharding.tree_shardings(model, mesh))
     batch = jax.device_put(packed_batch(), sharding.batch_sharding(mesh, (ROWS, LENGTH)))
     with jax.set_mesh(mesh):
-        return jax.device_get(parity.quick_jit(loss_and_grads(accumulation))(placed, batch))
+        return jax.device_get(jax.jit(loss_and_grads(accumulation))(placed, batch))
 
 
 @pytest.mark.parametrize(
@@ -141,9 +141,9 @@ def test_a_training_step_keeps_its_layout_and_its_numbers():
     """Donated state in, state of the same sharding out, and the update of one device."""
     tx = optim.make_optimizer(OptimConfig(learning_rate=0.1, eps=1e-2, warmup_ratio=0.0), 10)
     model, batch, mesh = model_of("llama"), packed_batch(), mesh_of((2, 2, 2, 1))
-    state = parity.quick_jit(functools.partial(steps.start_state, tx=tx))(model)
+    state = jax.jit(functools.partial(steps.start_state, tx=tx))(model)
     one_device = functools.partial(steps.train_step, tx=tx, compute=ComputeConfig(), accumulation=1)
-    want, want_metrics = parity.quick_jit(one_device)(state, batch)
+    want, want_metrics = jax.jit(one_device)(state, batch)
 
     shardings = sharding.tree_shardings(state, mesh)
     with jax.set_mesh(mesh):

@@ -61,7 +61,7 @@ def one_a_row(examples, *, sequence_length) -> Batch:
 
 @functools.cache
 def compiled_grads(compute=FLOAT32, accumulation=1):
-    return parity.quick_jit(
+    return jax.jit(
         functools.partial(steps.loss_and_grads, compute=compute, accumulation=accumulation)
     )
 
@@ -131,7 +131,7 @@ def test_twenty_losses_equal_a_torch_loop_with_transformers(case):
     tx = optim.make_optimizer(TRAINING, STEPS)
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     with jax.set_mesh(mesh):
-        state = parity.quick_jit(functools.partial(steps.start_state, tx=tx))(params)
+        state = jax.jit(functools.partial(steps.start_state, tx=tx))(params)
         step = steps.jit_train_step(tx, FLOAT32, 1, sharding.tree_shardings(state, mesh))
         metrics = []
         for examples in batches:
@@ -216,7 +216,7 @@ def test_accumulation_gives_the_same_update(case):
         step = functools.partial(
             steps.train_step, tx=tx, compute=FLOAT32, accumulation=accumulation
         )
-        state, metrics = parity.quick_jit(step)(steps.start_state(model, tx), batch)
+        state, metrics = jax.jit(step)(steps.start_state(model, tx), batch)
         return state.params, metrics
 
     params, metrics = updated(1)
@@ -301,7 +301,7 @@ def test_weight_decay_shrinks_matrices_only():
         OptimConfig(learning_rate=0.5, warmup_ratio=0.0, weight_decay=0.1), 10
     )
 
-    @parity.quick_jit
+    @jax.jit
     def update(model):
         updates, _ = tx.update(jax.tree.map(jnp.zeros_like, model), tx.init(model), model)
         return optax.apply_updates(model, updates)

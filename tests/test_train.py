@@ -156,6 +156,7 @@ def test_a_stopped_run_resumes_to_bitwise_the_same_losses_and_weights(
         np.testing.assert_array_equal(ours, theirs)
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_bitwise_the_same_losses(finished, folder, tmp_path, monkeypatch):
     class Killed(BaseException):
         pass

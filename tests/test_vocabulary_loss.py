@@ -44,7 +44,7 @@ def losses_and_gradients(losses, arrays, weights):
         y = losses(table, x, targets, mask)
         return (y * weights).sum(), y
 
-    gradients, y = parity.quick_jit(jax.grad(run, argnums=(0, 1), has_aux=True))(*arrays)
+    gradients, y = jax.jit(jax.grad(run, argnums=(0, 1), has_aux=True))(*arrays)
     return jax.device_get((y, gradients))
 
 
