@@ -14,12 +14,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from tensorboardX import SummaryWriter
-from tensorboardX.record_writer import register_writer_factory
 from tqdm import tqdm
 
 from llmzoo_jax import figures
 from llmzoo_jax.errors import InputError
+from llmzoo_jax.tensorboard import EventFile
 
 COLOURS = {"training": "#9aa5b1", "held out": "#c2410c"}
 
@@ -44,43 +43,6 @@ def _named(path: Path):
         ) from error
 
 
-class _EventFile:
-    """A file of tensorboardX, written by a thread of its own. An error is said, and no more is
-    written: it would end the thread, and the training loop would wait for it for ever."""
-
-    def __init__(self, path: str):
-        self._path, self._whole = path, True
-        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-
-    def write(self, data: bytes) -> None:
-        try:
-            if self._whole and os.write(self._file, data) < len(data):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError as error:
-            self._whole = False
-            say(f"{self._path}: can't be written: {error}; TensorBoard will show no more")
-
-    def flush(self) -> None:
-        pass  # nothing is held back
-
-    def close(self) -> None:
-        os.close(self._file)
-
-
-class _EventFiles:
-    """What tensorboardX asks for where files begin with ``_PREFIX``."""
-
-    def directory_check(self, path: str) -> None:
-        os.makedirs(path.removeprefix(f"{_PREFIX}:"), exist_ok=True)
-
-    def open(self, path: str) -> _EventFile:
-        return _EventFile(path.removeprefix(f"{_PREFIX}:"))
-
-
-_PREFIX = "run"
-register_writer_factory(_PREFIX, _EventFiles())
-
-
 class MetricsLog:
     """Appends records ``{"step": ..., name: number}`` to metrics.jsonl and TensorBoard.
 
@@ -95,9 +57,9 @@ class MetricsLog:
         with _named(self.path):
             self._keep_up_to(start_step)
             self._file = self.path.open("ab", buffering=0)  # a failed write leaves nothing to flush
-        self._board = SummaryWriter(
-            f"{_PREFIX}:{run_dir}/tensorboard", purge_step=start_step + 1, write_to_disk=True
-        )
+        folder = Path(run_dir) / "tensorboard"
+        with _named(folder):
+            self._board = EventFile(folder, start_step=start_step + 1)
 
     def _keep_up_to(self, step: int) -> None:
         if not self.path.is_file():
@@ -114,17 +76,26 @@ class MetricsLog:
         with _named(self.path):
             if self._file.write(line) < len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        for name, value in values.items():
-            group = {name: value} if not isinstance(value, dict) else value
-            for key, number in group.items():
-                tag = name if key == name else f"{name}/{key}"
-                self._board.add_scalar(tag, number, step)
+        shown = self._board.error is None
+        self._board.write(step, _scalars(values))
+        if shown and self._board.error is not None:
+            path, error = self._board.path, self._board.error
+            say(f"{path}: can't be written: {error}; TensorBoard will show no more")
 
     def close(self) -> None:
         if not writes():
             return
         self._file.close()
         self._board.close()
+
+
+def _scalars(values: dict[str, Any]) -> dict[str, float]:
+    """``{"loss": 1.0, "by_language": {"fr": 2.0}}`` as TensorBoard's tags."""
+    scalars = {}
+    for name, value in values.items():
+        group = {f"{name}/{key}": n for key, n in value.items()} if isinstance(value, dict) else {}
+        scalars |= group or {name: value}
+    return scalars
 
 
 def read(run_dir: str | Path) -> list[dict[str, Any]]:

@@ -380,7 +380,8 @@ def trained(matmul) -> Run:
     return jax.device_get(Run(start, half, end, np.concatenate([first, second])))
 
 
-@pytest.mark.parametrize("kind", [pytest.param("int8", marks=pytest.mark.slow), "fp8"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
 def test_training_reaches_the_loss_of_bfloat16(kind):
     """The mean of the last ten losses, within 2 % of the way that bfloat16 came from the first."""
     want, got = (trained(k).losses for k in ("dtype", kind))
