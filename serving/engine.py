@@ -53,7 +53,7 @@ class Engine:
         self._thread: threading.Thread | None = None
         self._counts = collections.Counter()
         self._finished = collections.Counter()
-        self._step_seconds = 0.0
+        self._step_seconds = self._seconds_a_step = 0.0
         self._compiled = 0
         self._adapters = adapters.Loaded(o.max_adapters)
 
@@ -265,11 +265,10 @@ class Engine:
 
     def _decode(self, ready: list[Row], pending: bool) -> None:
         o = self.options
-        limit = o.short_window if pending else o.window
-        # A first token is waited for; a grammar must see each token before the next one.
-        if any(not row.started or row.request.grammar is not None for row in ready):
+        limit = min(self._steps_in_time(), max(row.left for row in ready))
+        # Prompts and first tokens are waited for; a grammar must see each token before the next.
+        if pending or any(not row.started or row.request.grammar is not None for row in ready):
             limit = 1
-        limit = min(limit, max(row.left for row in ready))
         guessing = o.speculate and not pending and len(ready) <= o.speculate_rows
         ready = self._grow(ready, max(limit, o.speculate + 1) if guessing else limit)
         began = time.monotonic()
@@ -282,6 +281,7 @@ class Engine:
             self._counts["guessed"] += sum(map(len, guesses))
             self._counts["right"] += int((window.tokens[1:, : len(ready)] >= 0).sum())
         self._step_seconds = time.monotonic() - began
+        self._seconds_a_step = self._step_seconds / limit
         for column, row in enumerate(ready):
             before = len(row.tokens)
             output = row.take(window, column)
@@ -299,6 +299,11 @@ class Engine:
                 self._say(row, output)
         if guesses is not None and self._draft is not None:
             self._draft.follow(ready, guesses)
+
+    def _steps_in_time(self) -> int:
+        """Of a window that ends soon enough for those who come while it runs."""
+        wanted = self.options.window_seconds / max(self._seconds_a_step, 1e-9)
+        return max(1, min(self.options.window, int(wanted)))
 
     def _grow(self, ready: list[Row], steps_ahead: int) -> list[Row]:
         """Gives every row the pages of its next steps. Where there are none left, the row that came

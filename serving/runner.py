@@ -22,12 +22,13 @@ from serving.rows import Row
 class EngineOptions:
     """``context``: tokens a request may have, prompt and answer. ``cache_tokens``: how many the
     cache holds, of all requests (0: a quarter of ``max_batch * context``, and one request at
-    least). ``prefill_tokens``: of prompts, in one call. ``window``: steps in one call, and while
-    prompts wait to be filled ``short_window``. ``kv_dtype``: "model" or "int8". ``deterministic``:
-    the same shapes whatever runs, so that a request's logits are the same to the last bit.
-    ``speculate``: tokens that are guessed, by a draft model or from what was said before, and
-    verified in one step, while at most ``speculate_rows`` requests run. ``max_adapters`` LoRA
-    adapters of up to ``max_lora_rank`` can be loaded at a time."""
+    least). ``prefill_tokens``: of prompts, in one call. ``window``: steps in one call, or as many
+    as take ``window_seconds``, since whoever comes in between waits; one while prompts are filled.
+    ``kv_dtype``: "model" or "int8". ``deterministic``: the same shapes whatever runs, so that a
+    request's logits are the same to the last bit. ``speculate``: tokens that are guessed, by a
+    draft model or from what was said before, and verified in one step, while at most
+    ``speculate_rows`` requests run. ``max_adapters`` LoRA adapters of up to ``max_lora_rank`` can
+    be loaded at a time."""
 
     max_batch: int = 64
     context: int = 2048
@@ -35,7 +36,7 @@ class EngineOptions:
     page_size: int = 32
     prefill_tokens: int = 256
     window: int = 8
-    short_window: int = 2
+    window_seconds: float = 0.1
     max_waiting: int = 256
     kv_dtype: str = "model"
     prefix_cache: bool = True
@@ -57,8 +58,6 @@ class EngineOptions:
         ):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)}: must be 1 or more")
-        if not 1 <= self.short_window <= self.window:
-            raise InputError(f"short_window={self.short_window}: must be 1 to window")
         if self.prefill_tokens % self.page_size:
             raise InputError(
                 f"prefill_tokens={self.prefill_tokens} must be a multiple of page_size="

@@ -67,7 +67,6 @@ class Draft:
             max_batch=min(o.max_batch, o.speculate_rows),
             cache_tokens=o.num_pages * o.page_size,
             window=o.speculate + 1,
-            short_window=1,
             speculate=0,
             max_adapters=0,
         )

@@ -25,7 +25,7 @@ LATE = dataclasses.replace(SMALL, compile_at="first_use")  # so a test compiles 
 OPTIONS = {
     "small": SMALL,  # too few pages for four long rows: some wait again
     "one page a prompt": dataclasses.replace(LATE, page_size=64, prefill_tokens=64, window=1,
-                                             short_window=1, cache_tokens=0),
+                                             cache_tokens=0),
     "no shared prefixes": dataclasses.replace(LATE, prefix_cache=False, page_size=4, window=8),
     "speculative": dataclasses.replace(LATE, speculate=3, max_batch=2, cache_tokens=0),
     "deterministic": dataclasses.replace(LATE, deterministic=True, max_batch=3),
@@ -451,7 +451,7 @@ def test_a_caller_that_fails_disturbs_nobody():
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("max_batch", 0), ("kv_dtype", "int3"), ("prefill_tokens", 12), ("short_window", 99),
+    [("max_batch", 0), ("kv_dtype", "int3"), ("prefill_tokens", 12), ("window", 0),
      ("context", 999), ("speculate", 8)],
 )  # fmt: skip
 def test_an_option_out_of_range_is_named(name, value):
