@@ -68,6 +68,7 @@ def test_adapters_learn_and_are_all_that_a_checkpoint_holds(finished):
     assert known["sha256"] == hf.content_hash(known["folder"])
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_bitwise_the_same_losses_and_adapters(
     finished, folder, base, tmp_path, monkeypatch, capsys
 ):

@@ -392,7 +392,7 @@ def test_training_reaches_the_loss_of_bfloat16(kind):
     assert (got != want).any()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["int8", pytest.param("fp8", marks=pytest.mark.slow)])
 def test_going_on_from_a_saved_state_gives_bitwise_the_same(kind):
     """Nothing but the state and the batch is in a step: no scale and no noise of its own."""
     run = trained(kind)

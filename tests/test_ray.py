@@ -34,6 +34,7 @@ def cluster():
     nodes.shutdown()
 
 
+@pytest.mark.slow
 def test_ray_on_two_nodes_gives_the_same_bytes_as_one_process(cluster, tmp_path, monkeypatch):
     monkeypatch.setattr(tokenise_module, "SHARD_BYTES", 1000)
     records = [conversation(f"name{i}", "en", 3 + i % 5) for i in range(40)]
@@ -50,6 +51,7 @@ def test_ray_on_two_nodes_gives_the_same_bytes_as_one_process(cluster, tmp_path,
     tokenise_all(paths, **CODEC, cache_dir=str(tmp_path / "two"), engine=nothing)
 
 
+@pytest.mark.slow
 def test_a_bad_line_is_named_and_leaves_no_cache(cluster, tmp_path):
     records = [conversation("name"), {"messages": []}]
     path = write(tmp_path / "bad.jsonl", records)

@@ -139,7 +139,10 @@ def test_a_run_accounts_for_its_time_and_its_languages(finished):
     assert "Loss by language" in (finished / "report.html").read_text()
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, 0), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
+)
 def test_a_stopped_run_resumes_to_bitwise_the_same_losses_and_weights(
     number, code, finished, folder, tmp_path, monkeypatch, capsys
 ):
