@@ -59,7 +59,7 @@ class MetricsLog:
             self._file = self.path.open("ab", buffering=0)  # a failed write leaves nothing to flush
         folder = Path(run_dir) / "tensorboard"
         with _named(folder):
-            self._board = EventFile(folder, start_step=start_step + 1)
+            self._board = EventFile(folder, start_step=start_step + 1, say=say)
 
     def _keep_up_to(self, step: int) -> None:
         if not self.path.is_file():
@@ -76,11 +76,7 @@ class MetricsLog:
         with _named(self.path):
             if self._file.write(line) < len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        shown = self._board.error is None
         self._board.write(step, _scalars(values))
-        if shown and self._board.error is not None:
-            path, error = self._board.path, self._board.error
-            say(f"{path}: can't be written: {error}; TensorBoard will show no more")
 
     def close(self) -> None:
         if not writes():
@@ -93,8 +89,10 @@ def _scalars(values: dict[str, Any]) -> dict[str, float]:
     """``{"loss": 1.0, "by_language": {"fr": 2.0}}`` as TensorBoard's tags."""
     scalars = {}
     for name, value in values.items():
-        group = {f"{name}/{key}": n for key, n in value.items()} if isinstance(value, dict) else {}
-        scalars |= group or {name: value}
+        if isinstance(value, dict):
+            scalars |= {f"{name}/{key}": number for key, number in value.items()}
+        else:
+            scalars[name] = value
     return scalars
 
 

@@ -13,7 +13,7 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -77,15 +77,15 @@ class EventFile:
     TensorBoard then forgets what the folder's older files say of ``start_step`` and later: a run
     that resumes computes those steps again.
 
-    A write that fails (a full disk) is kept in ``error``, and no more is written: these are
+    A write that fails (a full disk) is told to ``say``, and no more is written: these are
     pictures, for which no run should end.
     """
 
-    def __init__(self, folder: str | Path, *, start_step: int):
+    def __init__(self, folder: str | Path, *, start_step: int, say: Callable[[str], None] = print):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
-        self.path, self.error = folder / name, None
+        self.path, self._say, self._whole = folder / name, say, True
         self._file = self.path.open("wb", buffering=0)  # a failed write leaves nothing to flush
         self._append(_event(0, _field(3, _LENGTH, b"brain.Event:2")))
         session_start = _field(7, _LENGTH, _field(1, _VARINT, _varint(1)))
@@ -98,10 +98,9 @@ class EventFile:
         self._file.close()
 
     def _append(self, record: bytes) -> None:
-        if self.error is not None:
-            return
         try:
-            if self._file.write(record) < len(record):
+            if self._whole and self._file.write(record) < len(record):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
-            self.error = error
+            self._whole = False
+            self._say(f"{self.path}: can't be written: {error}; TensorBoard will show no more")

@@ -276,12 +276,12 @@ class Engine:
         guesses = guess(ready, o.speculate) if guessing else None
         if guesses is None:
             window = self._runner.decode(ready, limit)
+            self._seconds_a_step = (time.monotonic() - began) / limit
         else:
             window = self._runner.verify(ready, guesses)
             self._counts["guessed"] += sum(map(len, guesses))
             self._counts["right"] += int((window.tokens[1:, : len(ready)] >= 0).sum())
         self._step_seconds = time.monotonic() - began
-        self._seconds_a_step = self._step_seconds / limit
         for column, row in enumerate(ready):
             before = len(row.tokens)
             output = row.take(window, column)

@@ -58,6 +58,8 @@ class EngineOptions:
         ):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)}: must be 1 or more")
+        if self.window_seconds <= 0:
+            raise InputError(f"window_seconds={self.window_seconds}: must be more than 0")
         if self.prefill_tokens % self.page_size:
             raise InputError(
                 f"prefill_tokens={self.prefill_tokens} must be a multiple of page_size="

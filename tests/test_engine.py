@@ -452,6 +452,7 @@ def test_a_caller_that_fails_disturbs_nobody():
 @pytest.mark.parametrize(
     ("name", "value"),
     [("max_batch", 0), ("kv_dtype", "int3"), ("prefill_tokens", 12), ("window", 0),
+     ("window_seconds", 0),
      ("context", 999), ("speculate", 8)],
 )  # fmt: skip
 def test_an_option_out_of_range_is_named(name, value):

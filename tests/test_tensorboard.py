@@ -54,7 +54,7 @@ def test_a_run_that_resumes_starts_a_file_that_takes_later_steps_back(tmp_path):
     for start in (0, 2):
         log = metrics.MetricsLog(tmp_path, start_step=start)
         for step in range(start + 1, 5):
-            log.write(step, loss=step / 2, heldout_by_language={"fr": 1.0, "th": 2.0})
+            log.write(step, loss=step / 2, heldout_by_language={"fr": 1.0, "th": 2.0}, none={})
         log.close()
     first, second = (events(p) for p in sorted((tmp_path / "tensorboard").iterdir()))
     assert (first[1].step, second[1].step) == (1, 3)
