@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import pytest
 from llmzoo_jax import generate, models
 from llmzoo_jax import step as steps
 from llmzoo_jax.config import BloomConfig, ComputeConfig, LlamaConfig, RopeConfig
-from llmzoo_jax.models import attention, packed_attention, splash, triton_attention
+from llmzoo_jax.models import attention, layers, packed_attention, splash, triton_attention
 from llmzoo_jax.packing import Batch
 from tests import parity
 
@@ -216,6 +217,30 @@ def test_abstract_models_have_the_published_size_and_allocate_nothing(config, si
     assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(model))
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(model))
     assert {id(x) for x in jax.live_arrays()} <= before
+
+
+# --- products that decode -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lead", [(3,), (2, 1), (layers.FEW_ROWS + 1,)])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_product_with_a_weight_in_rows_equals_numpys(lead, dtype):
+    keys = jax.random.split(jax.random.key(0))
+    x = jax.random.normal(keys[0], (*lead, 8), dtype)
+    w = jax.random.normal(keys[1], (6, 8), dtype)
+    y = jax.jit(lambda x, w: layers.matmul_transposed(x, w, out=jnp.float32))(x, w)
+    assert y.dtype == jnp.float32 and layers.matmul_transposed(x, w).dtype == dtype
+    want = np.asarray(x, np.float32) @ np.asarray(w, np.float32).T
+    np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-5)
+
+
+def test_a_cpu_gets_the_weight_first_and_keeps_it_there():
+    """What the compiler makes of it with all its passes: see ``layers.matmul_transposed``."""
+    x, w = jnp.zeros((16, 32)), jnp.zeros((64, 32))
+    lowered = jax.jit(lambda x, w: jax.nn.relu(layers.matmul_transposed(2 * x, w))).lower(x, w)
+    compiled = lowered.compile(compiler_options={"xla_backend_optimization_level": 3})
+    (product,) = re.findall(r"= (f32\[\d+,\d+\])\S* dot\(", compiled.as_text())
+    assert product == "f32[64,16]"
 
 
 # --- modules are plain pytrees ------------------------------------------------------------------
