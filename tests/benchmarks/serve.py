@@ -107,7 +107,7 @@ async def ask(client: httpx.AsyncClient, prompt: Sequence[int], mode: str, seed:
 
 async def drive(url: str, side: str, mode: str, concurrency: int, prompts) -> Load:
     """``concurrency`` clients, each with one request at a time."""
-    count = max(4, REQUESTS.value * concurrency)
+    count = max(16, REQUESTS.value * concurrency)
     todo = iter(range(count))
     results = []
 
