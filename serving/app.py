@@ -21,7 +21,7 @@ from starlette.types import ASGIApp
 
 from llmzoo_jax.inference import Model
 from serving import http, protocol, responses
-from serving.completions import Completions, Engine, messages_of
+from serving.completions import Completions, Engine, ended_early, messages_of
 from serving.prometheus import Metrics
 from serving.protocol import ApiError
 from serving.requests import QueueFull
@@ -48,6 +48,7 @@ class Options:
     context: int  # tokens of a prompt and its answer
     timeout: float  # seconds of a request, at most
     max_body: int  # bytes
+    max_choices: int  # answers that one request asks for
     api_keys: tuple[str, ...] = ()
     log_text: bool = False
     adapters_dir: str = ""
@@ -77,7 +78,10 @@ class Server:
 def make_server(model: Model, engine: Engine, options: Options) -> Server:
     """The routes. Nothing is started: see ``main``."""
     metrics, state = Metrics(engine.stats), State()
-    text = Completions(model, engine, metrics, context=options.context, timeout=options.timeout)
+    text = Completions(
+        model, engine, metrics, context=options.context, timeout=options.timeout,
+        max_choices=options.max_choices,
+    )  # fmt: skip
     app = FastAPI(title="llmzoo_jax", docs_url=None, redoc_url=None)  # their pages need a CDN
     started = int(time.time())
     embedder = ThreadPoolExecutor(1, thread_name_prefix="embed")
@@ -153,7 +157,10 @@ def make_server(model: Model, engine: Engine, options: Options) -> Server:
             raise QueueFull(len(embedding), 1)
         embedding.add(request)
         try:  # in a thread of its own: texts for the engine don't wait for it
-            vectors = await http.while_connected(request.receive, in_embedder(model.embed, rows))
+            work = asyncio.wait_for(in_embedder(model.embed, rows), options.timeout)
+            vectors = await http.while_connected(request.receive, work)
+        except TimeoutError:
+            raise ended_early("deadline") from None
         finally:
             embedding.discard(request)
         data = [

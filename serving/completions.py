@@ -36,6 +36,11 @@ ENDED_EARLY = {  # an answer that has no end of its own
 }
 
 
+def ended_early(reason: str, message: str | None = None) -> ApiError:
+    status, code, default = ENDED_EARLY[reason]
+    return ApiError(message or default, status=status, code=code, retry_after=1)
+
+
 class Engine(Protocol):
     """What is used of ``serving.engine.Engine``."""
 
@@ -135,9 +140,7 @@ class Answer:
                 running -= 1
                 self.metrics.finished.labels(choice.finish_reason).inc()
             if choice.finish_reason in ENDED_EARLY:
-                status, code, message = ENDED_EARLY[choice.finish_reason]
-                message = output.error or message
-                raise ApiError(message, status=status, code=code, retry_after=1)
+                raise ended_early(choice.finish_reason, output.error)
             if delta.text or delta.tokens or delta.prompt or delta.finish_reason:
                 yield delta
 
@@ -178,13 +181,21 @@ def _token(id: int, logprob: Logprob | None) -> Token:
 
 
 class Completions:
-    """The requests of one model to one engine. ``context``: tokens of prompt and answer at most."""
+    """The requests of one model to one engine. ``context``: tokens of prompt and answer at most;
+    ``max_choices`` answers to one HTTP request."""
 
     def __init__(
-        self, model: Model, engine: Engine, metrics: Metrics, *, context: int, timeout: float
+        self,
+        model: Model,
+        engine: Engine,
+        metrics: Metrics,
+        *,
+        context: int,
+        timeout: float,
+        max_choices: int,
     ):
         self.model, self.engine, self.metrics = model, engine, metrics
-        self.context, self.timeout = context, timeout
+        self.context, self.timeout, self.max_choices = context, timeout, max_choices
         self.bytes = token_bytes(model.tokenizer, len(model.tokenizer))
         self.grammars = grammar.Grammars(model)
         # One thread: a long prompt holds up other prompts, not the answers that are streamed.
@@ -260,6 +271,14 @@ class Completions:
         """Submits every choice, or none. ``prompts``: (tokens, text to echo)."""
         options = beams(request)
         group = (None if options else request.best_of) or request.n or 1
+        if len(prompts) * group > self.max_choices:
+            count = "n" if request.best_of is None else "best_of"
+            raise ApiError(
+                f"{len(prompts)} prompts with {group} answers each: at most {self.max_choices} "
+                "answers can be asked for at once; send several requests",
+                param="prompt" if len(prompts) > self.max_choices else count,
+                code="invalid_value",
+            )
         loop, outputs, started = asyncio.get_running_loop(), asyncio.Queue(), time.monotonic()
         prompts = [(self._cut(ids, request), echo) for ids, echo in prompts]
         room = self.context - max(len(ids) for ids, _ in prompts)

@@ -197,9 +197,11 @@ class Engine:
         size = self.options.page_size
         while self._waiting and self._slots:
             row = self._waiting[0]
-            need = -(-len(row.tokens) // size)
+            # In deterministic mode nobody is preempted: filling what was decoded can change a bit.
+            need = -(-(len(row.tokens) + row.left * self.options.deterministic) // size)
             found: list[Page] = []
-            if self.options.prefix_cache and row.request.sampling.prompt_logprobs is None:
+            caching = self.options.prefix_cache and row.request.sampling.prompt_logprobs is None
+            if caching:
                 # The last token is read by a step of decoding, and so belongs to no found page.
                 found = self.pool.find(row.tokens[:-1], row.salt)
             if need - len(found) > self.pool.available - (1 if self._running else 0):
@@ -208,10 +210,16 @@ class Engine:
             self._waiting.popleft()
             row.pages = found + [self.pool.take() for _ in range(need - len(found))]
             row.published = row.filled = 0
+            cached = len(found) * size
+            if caching and (end := self.pool.find_end(row.pages, row.tokens[:-1], row.salt)):
+                page = row.pages[(len(row.tokens) - 1) // size]
+                self._runner.copy_page(end.number, page.number)
+                page.written = True
+                cached = len(row.tokens) - 1
             if not (row.started or row.request.continues):
-                row.cached_tokens = len(found) * size
+                row.cached_tokens = cached
                 self._counts["prompt"] += len(row.tokens)
-                self._counts["cached"] += row.cached_tokens
+                self._counts["cached"] += cached
                 if row.request.sampling.prompt_logprobs is not None:
                     row.prompt_logprobs = [None] * len(row.tokens)
             # Published before it is written: whoever finds it computes later, or writes it itself.
@@ -221,17 +229,14 @@ class Engine:
                 self._runner.set_counts(row)
             self._running.append(row)
 
-    def _publish(self, row: Row) -> None:
-        size = self.options.page_size
-        if not self.options.prefix_cache:
-            return
-        while (row.published + 1) * size <= len(row.tokens) - 1:
-            n = row.published
-            before = row.pages[n - 1] if n else None
-            if before is not None and before.key is None:
-                return  # another row's page is published in its place
-            self.pool.publish(row.pages[n], before, row.tokens[n * size : (n + 1) * size], row.salt)
-            row.published += 1
+    def _publish(self, row: Row, *, ended: bool = False) -> None:
+        """Its pages; where it has ended, the last one, too, which need not be full."""
+        if self.options.prefix_cache:
+            # What a step of decoding writes may differ from what filling would, in the last bit.
+            known = len(row.request.prompt if self.options.deterministic else row.tokens) - 1
+            row.published = self.pool.publish_all(
+                row.pages, row.tokens[:known], row.salt, row.published, ended=ended
+            )
 
     def _is_filled(self, row: Row) -> bool:
         size = self.options.page_size
@@ -337,7 +342,7 @@ class Engine:
     def _finish(self, row: Row, output: Output) -> None:
         with self._wake:
             if row.slot >= 0:
-                self._publish(row)
+                self._publish(row, ended=row.started)
                 self._leave(row)
             else:
                 self._waiting.remove(row)

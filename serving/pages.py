@@ -3,6 +3,9 @@
 A page that is full, and whose tokens before it are known, is published under (the page before it,
 its tokens), so a new request finds the longest beginning that any request had. Pages that nobody
 uses any more stay published until they are needed, those unused for longest go first.
+
+The last page of a request that is done is published, too, though it is not full: who goes on from
+there copies it. Such ends are few: the newest, in an eighth of all pages.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ class Page:
     users: int = 1
     written: bool = False
     drafted: int = 0
-    key: Hashable | None = None  # where it is published
+    key: tuple[Hashable, tuple[int, ...]] | None = None  # where it is published
     serial: int = field(default_factory=lambda: next(_serials))  # never used again, as numbers are
 
 
@@ -36,15 +39,16 @@ class PagePool:
         self.total, self.size = total, size
         self._free = list(range(total, 0, -1))
         self._published: dict[Hashable, Page] = {}
-        self._unused: OrderedDict[Page, None] = OrderedDict()  # published, without users
+        self._unused: OrderedDict[Page, None] = OrderedDict()  # published, full, without users
+        self._ends: OrderedDict[Page, None] = OrderedDict()  # published, not full, without users
 
     @property
     def available(self) -> int:
-        return len(self._free) + len(self._unused)
+        return len(self._free) + self.cached
 
     @property
     def cached(self) -> int:
-        return len(self._unused)
+        return len(self._unused) + len(self._ends)
 
     @property
     def used(self) -> int:
@@ -54,11 +58,15 @@ class PagePool:
         """A page of one's own. Raises IndexError where none is ``available``."""
         if self._free:
             return Page(self._free.pop())
-        if not self._unused:
+        if not self.cached:
             raise IndexError("no page is free")
-        page, _ = self._unused.popitem(last=False)
+        self._free_oldest(self._unused or self._ends)
+        return Page(self._free.pop())
+
+    def _free_oldest(self, pages: OrderedDict[Page, None]) -> None:
+        page, _ = pages.popitem(last=False)
         del self._published[page.key]
-        return Page(page.number)
+        self._free.append(page.number)
 
     def find(self, tokens: Sequence[int], salt: Hashable) -> list[Page]:
         """The published pages with which ``tokens`` begin, now used once more. ``salt`` tells apart
@@ -76,12 +84,40 @@ class PagePool:
             before = page.serial
         return pages
 
+    def find_end(self, pages: Sequence[Page], tokens: Sequence[int], salt: Hashable) -> Page | None:
+        """A page that has what the last of ``pages``, which is not full, is to have of ``tokens``,
+        and after the same pages. It is not used, so it must be copied before a page is taken."""
+        n = len(tokens) // self.size
+        rest = tuple(tokens[n * self.size :])
+        page = self._published.get((pages[n - 1].serial if n else salt, rest)) if rest else None
+        return page if page is not None and page.written else None
+
     def publish(self, page: Page, before: Page | None, tokens: Sequence[int], salt: Hashable):
-        """Lets others find a full page; nothing where they find another one already."""
+        """Lets others find a page; nothing where they find another one already."""
         key = (salt if before is None else before.serial, tuple(tokens))
         if page.key is None and key not in self._published:
             page.key = key
             self._published[key] = page
+
+    def publish_all(
+        self,
+        pages: Sequence[Page],
+        tokens: Sequence[int],
+        salt: Hashable,
+        start: int,
+        *,
+        ended: bool,
+    ) -> int:
+        """Publishes the pages of a row from number ``start`` on that ``tokens`` fill; the last one,
+        too, if the row has ``ended``. Returns where to go on."""
+        for n in range(start, -(-len(tokens) // self.size)):
+            part = tokens[n * self.size : (n + 1) * self.size]
+            before = pages[n - 1] if n else None
+            # Where ``before`` has no key, another row's page is published in its place.
+            if (len(part) < self.size and not ended) or (before is not None and before.key is None):
+                return n
+            self.publish(pages[n], before, part, salt)
+        return max(start, -(-len(tokens) // self.size))
 
     def release(self, pages: Sequence[Page]) -> None:
         """Gives pages of one row back: the last ones first, since they are of no use without those
@@ -91,7 +127,10 @@ class PagePool:
             if page.users > 0:
                 continue
             if page.key is not None and page.written:
-                self._unused[page] = None
+                full = len(page.key[1]) == self.size
+                (self._unused if full else self._ends)[page] = None
+                if len(self._ends) > self.total // 8:
+                    self._free_oldest(self._ends)
             else:
                 if page.key is not None:
                     del self._published[page.key]
@@ -101,6 +140,7 @@ class PagePool:
         """Nothing is published any more: the contents are lost."""
         for page in list(self._published.values()):
             page.key = None
-        self._free.extend(page.number for page in self._unused)
+        self._free.extend(page.number for page in (*self._unused, *self._ends))
         self._unused.clear()
+        self._ends.clear()
         self._published.clear()

@@ -69,6 +69,7 @@ def names(options: Any, *, scores: bool) -> list[tuple[Any, ...]]:
     if o.speculate:
         found += [("verify", B) for B in rows if o.speculate_rows >= B]
     found += [("prefill", R, False) for R in page_sizes(o)]
+    found += [("copy_page",)] if o.prefix_cache else []
     if scores:
         found += [("prefill", most_pages(o, scored=True), True), ("set_counts",)]
     return found
@@ -99,6 +100,8 @@ def lower(
         case ("set_counts",):
             counts = np.int32(0), np.zeros(V, bool), np.zeros(V, np.int16)
             return steps.set_counts.lower(state, *given(counts))
+        case ("copy_page",):
+            return steps.copy_page.lower(state, *given((np.int32(0), np.int32(0))))
         case ("prefill", R, scored):
             args = given((blocks(o, R), pair_up(o, state, platform, [], R)))
             return steps.prefill.lower(leaves, state, *args, scored=scored, **static)

@@ -185,6 +185,9 @@ class Runner:
         counts = np.bincount(np.asarray(row.tokens[n:], np.int64), minlength=V).astype(np.int16)
         self.state = self._program("set_counts")(self.state, np.int32(row.slot), in_prompt, counts)
 
+    def copy_page(self, source: int, target: int) -> None:
+        self.state = self._program("copy_page")(self.state, np.int32(source), np.int32(target))
+
     def put_adapter(self, slot: int, weights: lora.Adapters) -> None:
         """Writes an adapter into a slot that no row has; from any thread."""
         model = jax.tree.unflatten(self._static["treedef"], self._leaves)

@@ -173,6 +173,7 @@ def main(_) -> None:
         context=context,
         timeout=TIMEOUT.value,
         max_body=int(MAX_BODY_MB.value * 1e6),
+        max_choices=MAX_WAITING.value,
         api_keys=keys,
         log_text=LOG_TEXT.value,
         adapters_dir=ADAPTERS_DIR.value,

@@ -318,6 +318,17 @@ def set_counts(state: State, slot, in_prompt, counts) -> State:
     )
 
 
+@functools.partial(jax.jit, donate_argnames=("state",))
+def copy_page(state: State, source, target) -> State:
+    """Keys and values of the page ``source``, in the page ``target``, too."""
+
+    def copy(x):  # [P,..]
+        page = jax.lax.dynamic_index_in_dim(x, source)
+        return jax.lax.dynamic_update_index_in_dim(x, page, target, axis=0)
+
+    return state._replace(cache=jax.tree.map(copy, state.cache))
+
+
 def _logprobs_if_asked(logits: jax.Array, tokens: jax.Array, row: dict[str, jax.Array]):
     n = len(tokens)
     return jax.lax.cond(

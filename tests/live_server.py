@@ -13,7 +13,7 @@ import uvicorn
 from serving.app import Options, make_server
 
 NAME = "phoenix-tiny"
-DEFAULTS = Options(names={NAME: None}, context=256, timeout=60.0, max_body=200_000)
+DEFAULTS = Options(names={NAME: None}, context=256, timeout=60.0, max_body=200_000, max_choices=64)
 
 
 @dataclasses.dataclass(frozen=True)

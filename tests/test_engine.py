@@ -224,6 +224,41 @@ def test_deterministic_logits_are_the_same_to_the_last_bit(dtype):
     assert [answer.logprobs for answer in answers][::-1] == apart
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_deterministic_logits_do_not_depend_on_what_the_cache_has(dtype):
+    """What was decoded goes on, in a second turn; and rows that would be too long for the pages."""
+    engine = use(LLAMA, "deterministic", dtype)
+
+    def logprobs(asked, **options):
+        return [answer.logprobs for answer in [ask(engine, one, **options) for one in asked]]
+
+    firsts = prompts(6, seed=6, longest=20)
+    answers = [ask(engine, prompt) for prompt in firsts]
+    seconds = [p + answer.tokens + [3, 4] for p, answer in zip(firsts, answers, strict=True)]
+    cached = logprobs(seconds, logprobs=5, max_tokens=20)
+    engine.pool.forget()
+    assert logprobs(seconds, logprobs=5, max_tokens=20) == cached
+    long = {"logprobs": 1, "max_tokens": 44}
+    assert logprobs(firsts, **long) == [logprobs([one], **long)[0] for one in firsts]
+    assert engine.stats().preemptions == 0
+
+
+def test_what_goes_on_from_an_end_fills_no_page(monkeypatch):
+    engine, filled = use(LLAMA), []
+    prompt = prompts(1, seed=21)[0] + [5, 6, 7]
+    prompt = prompt[: len(prompt) // 8 * 8 - 3]  # within a page
+    want = ask(engine, prompt, max_tokens=9).tokens
+    fill = engine._runner.fill
+    monkeypatch.setattr(engine._runner, "fill", lambda *x: filled.append(x) or fill(*x))
+    one = ask(engine, prompt, max_tokens=1)
+    assert one.tokens == want[:1]
+    before = len(filled)
+    rest = [ask(engine, prompt + want[:1], max_tokens=8) for _ in range(2)]
+    assert [answer.tokens for answer in rest] == [want[1:]] * 2
+    assert [answer.outputs[0].cached_tokens for answer in rest] == [len(prompt)] * 2
+    assert len(filled) == before
+
+
 # --- what a request can ask for -----------------------------------------------------------------
 
 

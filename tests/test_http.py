@@ -19,6 +19,7 @@ from tests.tiny_runs import make_run
 
 CHAT = {"model": NAME, "messages": [{"role": "user", "content": "Hi"}]}
 PATH = "/v1/chat/completions"
+COMPLETIONS = "/v1/completions"
 SAID = "one two three four five six seven"
 
 
@@ -209,6 +210,31 @@ def test_too_many_embeddings_are_a_429(serve, monkeypatch):
         thread.join(20)
     assert sorted(results) == [200, 200, 429]
     assert server.post("/v1/embeddings", body)[0] == 200
+
+
+def test_embeddings_have_a_deadline(serve, monkeypatch):
+    server, go = serve(timeout=0.2), threading.Event()
+    usual = type(server.model).embed
+    monkeypatch.setattr(type(server.model), "embed", lambda *x: go.wait(20) and usual(*x))
+    body = {"model": NAME, "input": "Hi"}
+    status, _, answer = server.post("/v1/embeddings", body)
+    assert (status, answer["error"]["code"]) == (504, "deadline_exceeded")
+    go.set()
+    until(lambda: server.post("/v1/embeddings", body)[0] == 200)
+
+
+def test_more_answers_than_may_ever_wait_are_a_400(serve):
+    server = serve(max_choices=4)
+    for path, body, name in (
+        (PATH, CHAT | {"n": 5}, "n"),
+        (COMPLETIONS, {"model": NAME, "prompt": ["a"] * 2, "n": 2, "best_of": 3}, "best_of"),
+        (COMPLETIONS, {"model": NAME, "prompt": ["a"] * 5}, "prompt"),
+    ):
+        status, _, answer = server.post(path, body)
+        assert (status, answer["error"]["param"]) == (400, name)
+        assert "at most 4" in answer["error"]["message"]
+    assert not server.engine.seen
+    assert server.post(PATH, CHAT | {"n": 4})[0] == 200
 
 
 def test_a_client_that_goes_frees_its_place(serve):

@@ -39,6 +39,39 @@ def test_the_same_tokens_after_other_tokens_are_another_page():
     assert fill(pool, [2] * 4 + [1] * 4)[1] == 0
 
 
+def test_the_end_of_a_request_is_found_by_those_who_go_on_from_it():
+    pool, tokens = PagePool(8, SIZE), list(range(6))
+    first, _ = fill(pool, tokens)
+    assert pool.find_end(first, tokens, None) is None
+    first[1].written = True
+    assert pool.publish_all(first, tokens, None, 1, ended=True) == 2
+    pool.release(first)
+    again, found = fill(pool, tokens)
+    assert (found, pool.find_end(again, tokens, None)) == (1, first[1])
+    for other in (tokens[:5], [*tokens, 6], [*tokens[:5], 9]):
+        assert pool.find_end(again, other, None) is None
+    assert pool.find_end(again[:1], tokens[:4], None) is None  # full: found as such
+    assert pool.find_end(again, tokens[:2], "another adapter") is None
+    pool.release([*again, *fill(pool, [7] * 4)[0]])
+    for _ in range(7):  # the full pages go first
+        pool.take()
+    assert pool.find_end(first, tokens, None) == first[1]
+    pool.take()
+    assert pool.find_end(first, tokens, None) is None
+
+
+def test_ends_take_an_eighth_of_the_pages_at_most():
+    pool = PagePool(16, SIZE)
+    ends = [[token] * 3 for token in range(4)]
+    for tokens in ends:
+        pages = [pool.take()]
+        pages[0].written = True
+        pool.publish_all(pages, tokens, None, 0, ended=True)
+        pool.release(pages)
+    assert (pool.used, pool.cached) == (0, 2)
+    assert [pool.find_end([], tokens, None) is not None for tokens in ends] == [0, 0, 1, 1]
+
+
 def test_unused_pages_stay_until_they_are_needed_and_the_oldest_go_first():
     pool = PagePool(4, SIZE)
     old, new = [1] * 8, [2] * 8

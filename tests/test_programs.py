@@ -58,4 +58,4 @@ def test_every_size_of_work_has_a_program():
     assert [n[1] for n in names if n[0] == "verify"] == [1, 2, 4]
     assert [n[1:] for n in names if n[0] == "prefill"] == [(1, False), (2, False), (2, True)]
     alone = programs.names(dataclasses.replace(OPTIONS, deterministic=True), scores=False)
-    assert alone == [("decode", 8), ("prefill", 2, False)]
+    assert alone == [("decode", 8), ("prefill", 2, False), ("copy_page",)]
