@@ -19,7 +19,7 @@ from llmzoo_jax.errors import InputError
 from llmzoo_jax.inference import Model
 from serving import adapters, steps
 from serving.pages import Page, PagePool
-from serving.requests import Closed, OnOutput, Output, QueueFull, Request, Stats
+from serving.requests import Closed, OnOutput, Output, QueueFull, Request, Stats, check
 from serving.rows import Row
 from serving.runner import EngineOptions, Runner
 from serving.speculation import Draft, look_up
@@ -72,7 +72,8 @@ class Engine:
 
     def submit(self, request: Request, on_output: OnOutput) -> None:
         """Raises InputError for what can't be served, QueueFull, Closed."""
-        self._check(request)
+        check(request, context=self.options.context, vocab_size=self.model.config.vocab_size)
+        self._adapters.check(request.adapter)
         own = () if request.sampling.ignore_eos else self.model.stop_ids
         row = Row(
             request, on_output, (*own, *request.sampling.stop_token_ids), list(request.prompt)
@@ -172,13 +173,16 @@ class Engine:
         self._drop_ended()
         with self._wake:
             self._admit()
+        if self._begins():
+            self._decode(list(self._running), pending=False, begins=True)
+            return
         pending = self._prefill()
         ready = [row for row in self._running if self._is_filled(row)]
         for row in [r for r in ready if r.request.sampling.max_tokens == 0]:
             self._finish(row, Output([], "length"))
             ready.remove(row)
         if ready:
-            self._decode(ready, pending)
+            self._decode(ready, pending=pending)
 
     def _drop_ended(self) -> None:
         """Rows that were aborted, or whose deadline has passed."""
@@ -245,6 +249,20 @@ class Engine:
             row.filled += 1
         return row.filled >= need
 
+    def _begins(self) -> bool:
+        """Whether there is one row, and what it has to read before its first token is in one page:
+        a step of its own reads that, and the weights once."""
+        if self.options.deterministic or len(self._running) != 1:
+            return False
+        (row,), size = self._running, self.options.page_size
+        s, last = row.request.sampling, len(row.tokens) - 1
+        return (
+            not self._is_filled(row)
+            and row.filled == last // size
+            and s.max_tokens > 0
+            and s.prompt_logprobs is None
+        )
+
     def _prefill(self) -> bool:
         """Fills some pages; whether more of them wait."""
         size = self.options.page_size
@@ -268,18 +286,20 @@ class Engine:
             self._runner.fill(todo, scored)
         return False
 
-    def _decode(self, ready: list[Row], pending: bool) -> None:
+    def _decode(self, ready: list[Row], *, pending: bool, begins: bool = False) -> None:
         o = self.options
         limit = min(self._steps_in_time(), max(row.left for row in ready))
         # Prompts and first tokens are waited for; a grammar must see each token before the next.
         if pending or any(not row.started or row.request.grammar is not None for row in ready):
             limit = 1
-        guessing = o.speculate and not pending and len(ready) <= o.speculate_rows
+        guessing = o.speculate and not (pending or begins) and len(ready) <= o.speculate_rows
         ready = self._grow(ready, max(limit, o.speculate + 1) if guessing else limit)
         began = time.monotonic()
         guess = look_up if self._draft is None else self._draft.guess
         guesses = guess(ready, o.speculate) if guessing else None
-        if guesses is None:
+        if begins:
+            window = self._runner.begin(ready[0])
+        elif guesses is None:
             window = self._runner.decode(ready, limit)
             self._seconds_a_step = (time.monotonic() - began) / limit
         else:
@@ -370,25 +390,6 @@ class Engine:
             self._draft.reset()
 
     # --- helpers ---
-
-    def _check(self, request: Request) -> None:
-        s, size = request.sampling, self.model.config.vocab_size
-        if not request.prompt:
-            raise InputError("the prompt is empty")
-        whole = len(request.prompt) + s.max_tokens
-        if whole > self.options.context:
-            raise InputError(
-                f"the prompt has {len(request.prompt)} tokens and max_tokens is {s.max_tokens}, "
-                f"together {whole}; the context has {self.options.context}. Shorten one of the two"
-            )
-        for name, ids in (
-            ("prompt", request.prompt),
-            ("logit_bias", s.logit_bias),
-            ("stop_token_ids", s.stop_token_ids),
-        ):
-            if bad := [i for i in ids if not 0 <= i < size]:
-                raise InputError(f"{name}: token id {bad[0]}; the model has 0 to {size - 1}")
-        self._adapters.check(request.adapter)
 
     def _retry_after(self) -> int:
         return max(1, round(len(self._waiting) / self.options.max_batch * 10 * self._step_seconds))

@@ -27,6 +27,14 @@ def page_sizes(options: Any) -> list[int]:
     return _sizes(pages, only_largest=options.deterministic)
 
 
+def begin_sizes(options: Any, platform: str) -> list[int]:
+    """How many tokens of a page a first step reads: on a CPU fewer are faster."""
+    size = options.page_size
+    if options.deterministic:
+        return []
+    return [size // 2, size] if platform == "cpu" and size > 1 else [size]
+
+
 def most_pages(options: Any, *, scored: bool) -> int:
     """That one call fills. Few where their tokens are scored: that has the logits of all places at
     once."""
@@ -61,11 +69,11 @@ def pair_up(
     return steps.pair_up(tables, lines=lines, width=width, apart=apart)
 
 
-def names(options: Any, *, scores: bool) -> list[tuple[Any, ...]]:
+def names(options: Any, *, platform: str, scores: bool) -> list[tuple[Any, ...]]:
     """Of all programs: their kind, and what it has sizes of. Without ``scores``, those that score
     prompts and count tokens are left out."""
     o, rows = options, row_sizes(options)
-    found = [("decode", B) for B in rows]
+    found = [("decode", B) for B in rows] + [("begin", T) for T in begin_sizes(o, platform)]
     if o.speculate:
         found += [("verify", B) for B in rows if o.speculate_rows >= B]
     found += [("prefill", R, False) for R in page_sizes(o)]
@@ -105,10 +113,13 @@ def lower(
         case ("prefill", R, scored):
             args = given((blocks(o, R), pair_up(o, state, platform, [], R)))
             return steps.prefill.lower(leaves, state, *args, scored=scored, **static)
-        case (kind, B):
+        case (kind, size):
+            B = 1 if kind == "begin" else size
             work = pair_up(o, state, platform, [], B)
             rows = given((steps.pack_rows(B, o.pages_a_row + 1), work))
             args = (leaves, state, *rows, given(jax.eval_shape(lambda: steps.no_extras(B, V))))
+            if kind == "begin":
+                return steps.begin.lower(*args, given(np.zeros((1, size), np.int32)), **static)
             if kind == "decode":
                 return steps.decode.lower(*args, given(np.int32(1)), window=o.window, **static)
             drafts = given(np.full((B, o.speculate), -1, np.int32))

@@ -100,6 +100,26 @@ class Request:
     continues: bool = False
 
 
+def check(request: Request, *, context: int, vocab_size: int) -> None:
+    """Raises InputError for what such a model can't serve."""
+    s = request.sampling
+    if not request.prompt:
+        raise InputError("the prompt is empty")
+    whole = len(request.prompt) + s.max_tokens
+    if whole > context:
+        raise InputError(
+            f"the prompt has {len(request.prompt)} tokens and max_tokens is {s.max_tokens}, "
+            f"together {whole}; the context has {context}. Shorten one of the two"
+        )
+    for name, ids in (
+        ("prompt", request.prompt),
+        ("logit_bias", s.logit_bias),
+        ("stop_token_ids", s.stop_token_ids),
+    ):
+        if bad := [i for i in ids if not 0 <= i < vocab_size]:
+            raise InputError(f"{name}: token id {bad[0]}; the model has 0 to {vocab_size - 1}")
+
+
 @dataclass(frozen=True)
 class Logprob:
     """Of one token: its own, and the likeliest tokens of its place with theirs."""

@@ -104,6 +104,7 @@ class Runner:
         # What the host gives with each call goes to every device.
         self._everywhere = None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
         self._sizes, self._blocks = programs.row_sizes(o), programs.page_sizes(o)
+        self._begins = programs.begin_sizes(o, self._platform)
         self._no_extras = {
             B: jax.device_put(steps.no_extras(B, model.config.vocab_size), self._everywhere)
             for B in self._sizes
@@ -159,6 +160,18 @@ class Runner:
             return steps.Window(*map(np.asarray, window))
         return window._replace(tokens=np.asarray(window.tokens))
 
+    def begin(self, row: Row) -> steps.Window:
+        """The first step of a row, which reads all of its last page, too."""
+        size = self.options.page_size
+        part = row.tokens[(len(row.tokens) - 1) // size * size :]
+        tokens = np.zeros((1, next(n for n in self._begins if n >= len(part))), np.int32)
+        tokens[0, : len(part)] = part
+        packed, work = self._pack([row], 1)
+        self.state, window = self._program("begin", tokens.shape[1])(
+            self._leaves, self.state, packed, work, self._extras([row], 1), tokens
+        )
+        return steps.Window(*map(np.asarray, window))
+
     def verify(self, rows: Sequence[Row], guesses: Sequence[Sequence[int]]) -> steps.Window:
         """One step of ``rows`` over what was guessed of each."""
         o = self.options
@@ -195,7 +208,7 @@ class Runner:
 
     def warm_up(self) -> None:
         """Compiles every program, and keeps them: no call compiles later."""
-        for name in programs.names(self.options, scores=self._scores):
+        for name in programs.names(self.options, platform=self._platform, scores=self._scores):
             self._program(*name)
 
     def _program(self, *name: Any) -> Any:

@@ -181,6 +181,27 @@ def decode(
 
 
 @functools.partial(jax.jit, static_argnames=("treedef", "dtype"), donate_argnames=("state",))
+def begin(
+    leaves, state: State, rows, work: Work, extras: Extras, tokens, *, treedef, dtype
+) -> tuple[State, Window]:
+    """The first step of one row, which reads ``tokens[1,T]`` at once: its last page, from the start
+    of that to the row's last token, and whatever follows."""
+    model = jax.tree.unflatten(treedef, leaves)
+    c = _controls(rows, extras, model.config.vocab_size)
+    row, size = c.row, state.cache.k[0].values.shape[2]
+    adapters.select(model, row["adapter"])
+    last = row["position"] % size  # [1]
+    positions = (row["position"] - last)[:, None] + jnp.arange(tokens.shape[1])
+    view = PageView(positions, c.tables, *work)
+    x, cache = model.hidden(tokens, view, positions, kv_cache=state.cache, dtype=jnp.dtype(dtype))
+    raw = model.logits(jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0])  # [1,V]
+    token = choose(c.constrain(raw, state, 0), row["position"] + 1, c.params)
+    counts = c.count(state.counts, token, row["active"] > 0)
+    out = Window(*(x[None] for x in (token, *_logprobs_if_asked(raw, token, row))))
+    return _state(cache, counts, state.in_prompt), out
+
+
+@functools.partial(jax.jit, static_argnames=("treedef", "dtype"), donate_argnames=("state",))
 def verify(
     leaves, state: State, rows, work: Work, extras: Extras, drafts, *, treedef, dtype
 ) -> tuple[State, Window]:

@@ -53,9 +53,12 @@ def test_the_cache_is_updated_in_place_on(target, ways):
 
 
 def test_every_size_of_work_has_a_program():
-    names = programs.names(dataclasses.replace(OPTIONS, speculate=2), scores=True)
+    options = dataclasses.replace(OPTIONS, speculate=2)
+    names = programs.names(options, platform="cpu", scores=True)
     assert [n[1] for n in names if n[0] == "decode"] == [1, 2, 4, 8]
     assert [n[1] for n in names if n[0] == "verify"] == [1, 2, 4]
     assert [n[1:] for n in names if n[0] == "prefill"] == [(1, False), (2, False), (2, True)]
-    alone = programs.names(dataclasses.replace(OPTIONS, deterministic=True), scores=False)
+    assert [n[1] for n in names if n[0] == "begin"] == [16, 32]
+    options = dataclasses.replace(OPTIONS, deterministic=True)
+    alone = programs.names(options, platform="cpu", scores=False)
     assert alone == [("decode", 8), ("prefill", 2, False), ("copy_page",)]
