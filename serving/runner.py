@@ -25,10 +25,10 @@ class EngineOptions:
     least). ``prefill_tokens``: of prompts, in one call. ``window``: steps in one call, or as many
     as take ``window_seconds``, since whoever comes in between waits; one while prompts are filled.
     ``kv_dtype``: "model" or "int8". ``deterministic``: the same shapes whatever runs, so that a
-    request's logits are the same to the last bit. ``speculate``: tokens that are guessed, by a
-    draft model or from what was said before, and verified in one step, while at most
-    ``speculate_rows`` requests run. ``max_adapters`` LoRA adapters of up to ``max_lora_rank`` can
-    be loaded at a time."""
+    request's logits are the same to the last bit; it begins when there is room for all of its
+    answer. ``speculate``: tokens that are guessed, by a draft model or from what was said before,
+    and verified in one step, while at most ``speculate_rows`` requests run. ``max_adapters`` LoRA
+    adapters of up to ``max_lora_rank`` can be loaded at a time."""
 
     max_batch: int = 64
     context: int = 2048

@@ -247,8 +247,9 @@ if __name__ == "__main__":
     )  # fmt: skip
     KV_DTYPE = flags.DEFINE_enum("kv_dtype", "model", ["model", "int8"], "Of the cache.")
     DETERMINISTIC = flags.DEFINE_bool(
-        "deterministic", False, "The same shapes whatever runs: bit-identical logits, slower."
-    )
+        "deterministic", False, "The same shapes whatever runs: bit-identical logits, slower. "
+        "Requests wait until there is room for all of max_tokens.",
+    )  # fmt: skip
     TIMEOUT = flags.DEFINE_float("timeout", 600.0, "Seconds that a request may take.", 0.001)
     DRAIN_SECONDS = flags.DEFINE_float(
         "drain_seconds", 30.0, "How long requests may run on after SIGTERM.", 0.0
