@@ -12,6 +12,22 @@
     childList: true, subtree: true, attributes: true, attributeFilter: ["dir"],
   });
 
+  // Enter sends nothing while an answer comes, or is asked for already: the text stays.
+  const answering = () => document.querySelector("#message .stop-button") !== null;
+  let asked = -Infinity; // when, until the answer begins
+  new MutationObserver(() => { if (answering()) asked = -Infinity; })
+    .observe(document.body, {childList: true, subtree: true});
+  document.addEventListener("keydown", (event) => {
+    if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+    if (!event.target.closest?.("#message") || !event.target.value?.trim()) return;
+    if (answering() || performance.now() - asked < 5000) {
+      event.preventDefault();
+      event.stopImmediatePropagation();
+    } else {
+      asked = performance.now();
+    }
+  }, true);
+
   // On a phone the settings would cover everything.
   if (window.innerWidth < 768) document.querySelector(".sidebar.open .toggle-button")?.click();
 

@@ -164,7 +164,8 @@ def make_page(server: Server, options: Options, title: str) -> gr.Blocks:
         how = {"show_progress": "hidden", "api_visibility": "private"}
         ready = {"submit_btn": True, "stop_btn": False}
         runs = [
-            box.submit(send, [box, shown, *controls], outputs, **how),
+            # "multiple": else a message just after Stop is dropped. ui.js holds back the others.
+            box.submit(send, [box, shown, *controls], outputs, trigger_mode="multiple", **how),
             shown.retry(retry, [shown, *controls], outputs, **how),
             shown.edit(edit, [shown, *controls], outputs, **how),
         ]

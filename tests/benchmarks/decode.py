@@ -1,6 +1,7 @@
 """Decoding speed: generate.generate against transformers on torch, the same weights, greedy.
 
     python -m tests.benchmarks.decode --family=llama --rounds=3 --out=decode-llama.json
+    python -m tests.benchmarks.decode --beams=4 --batches=1     # beam search, on the engine
 
 Makes a random model, then runs ours, torch, ours, torch, .. with it. Both continue the same
 prompts by the same number of tokens, in float32 with a key/value cache; the first call of each
@@ -12,6 +13,7 @@ measured too: how fast all cores together read an array that no cache holds.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -32,18 +34,38 @@ flags.adopt_module_key_flags(sides)  # so that --help tells them
 BATCHES = flags.DEFINE_list("batches", ["1", "16"], "Batch sizes.")
 PROMPT = flags.DEFINE_integer("prompt", 32, "Tokens of each prompt.")
 NEW = flags.DEFINE_integer("new", 128, "Tokens to decode for each prompt.")
+BEAMS = flags.DEFINE_integer("beams", 0, "Beams of each prompt; 0: greedy.")
 CALLS = flags.DEFINE_integer("calls", 3, "Timed calls in each round, for each batch size.")
 
 
 def ours() -> Callable[[np.ndarray], list[list[int]]]:
     from llmzoo_jax import generate
 
+    if BEAMS.value:
+        return our_beams()
     model = generate.prepare(sides.our_model(sides.WORK.value)[1])
     sampling = generate.Sampling(max_new_tokens=NEW.value)
 
     def decode(prompts):
         rows = generate.generate(model, prompts.tolist(), sampling=sampling)
         return [row.tokens for row in rows]
+
+    return decode
+
+
+def our_beams() -> Callable[[np.ndarray], list[list[int]]]:
+    import llmzoo_jax
+    from serving.beam_search import BeamOptions
+    from serving.offline import EngineModel
+    from serving.runner import EngineOptions
+
+    options = EngineOptions(context=512, max_batch=16, compile_at="first_use")
+    model = dataclasses.replace(llmzoo_jax.load(sides.WORK.value), stop_ids=())
+    engine, beams = EngineModel(model, options), BeamOptions(beams=BEAMS.value)
+
+    def decode(prompts):
+        rows = engine.beam_search(prompts.tolist(), beams, max_new_tokens=NEW.value)
+        return [best.tokens for (best,) in rows]
 
     return decode
 
@@ -64,6 +86,7 @@ def torch() -> Callable[[np.ndarray], list[list[int]]]:
                 do_sample=False,
                 use_cache=True,
                 max_new_tokens=NEW.value,
+                num_beams=BEAMS.value or 1,
             )
         return out[:, PROMPT.value :].tolist()
 
@@ -150,7 +173,7 @@ def compare() -> None:
     )
     for result in rounds:
         del result["tokens"]
-    flags_ = {"family": sides.FAMILY.value, "prompt": PROMPT.value, "new": NEW.value}
+    flags_ = {flag.name: flag.value for flag in (sides.FAMILY, PROMPT, NEW, BEAMS)}
     flags_ |= {"bytes_a_token": read, "bytes_per_s": bandwidth}
     sides.write_result(flags_ | {"parameters": size, "summary": summary, "rounds": rounds})
 
