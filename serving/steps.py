@@ -343,11 +343,18 @@ def set_counts(state: State, slot, in_prompt, counts) -> State:
 def copy_page(state: State, source, target) -> State:
     """Keys and values of the page ``source``, in the page ``target``, too."""
 
-    def copy(x):  # [P,..]
+    return state._replace(cache=jax.tree.map(lambda x: _copy(x, source, target), state.cache))
+
+
+def _copy(pages: jax.Array, source, target) -> jax.Array:
+    def slices(x):
         page = jax.lax.dynamic_index_in_dim(x, source)
         return jax.lax.dynamic_update_index_in_dim(x, page, target, axis=0)
 
-    return state._replace(cache=jax.tree.map(copy, state.cache))
+    def scatter(x):  # with page 0 beside it: of one alone a TPU makes slices, and copies all
+        return x.at[jnp.stack([target, 0])].set(x[jnp.stack([source, 0])])
+
+    return jax.lax.platform_dependent(pages, cpu=slices, default=scatter)
 
 
 def _logprobs_if_asked(logits: jax.Array, tokens: jax.Array, row: dict[str, jax.Array]):

@@ -17,13 +17,15 @@ CONFIG = dataclasses.replace(
     CONFIGS["llama"], num_heads=8, num_kv_heads=4, head_dim=128, vocab_size=512
 )
 OPTIONS = EngineOptions(max_batch=8, context=256, cache_tokens=2**20, prefill_tokens=64)
+PROGRAMS = [("decode", 1), ("decode", 8), ("prefill", 1, False), ("prefill", 2, False),
+            ("begin", 32), ("copy_page",)]  # fmt: skip
 LAYER = 2 * 2**20 * CONFIG.num_kv_heads * CONFIG.head_dim * 2  # bytes of bfloat16
 
 
 def check(devices, ways, **options):
     where = serve_targets.place(devices, ways)
     o = dataclasses.replace(OPTIONS, **options)
-    for name in (("decode", 8), ("prefill", 2, False)):
+    for name in PROGRAMS:
         compiled = serve_targets.compile_one(name, CONFIG, o, where, tokens=64)
         assert compiled.copied == 0, name
         assert compiled.temporaries < LAYER / ways / 16, name

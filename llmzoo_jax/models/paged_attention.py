@@ -121,6 +121,9 @@ def _write_whole_pages(pages: Pages, new: Pages, page: jax.Array, offset: jax.Ar
     """A scatter of pages with their new tokens: a TPU has no small rows, and would turn the whole
     cache for those."""
     S, T = pages.values.shape[2], page.shape[1]
+    if len(page) == 1:  # of one page the compiler makes a slice, and turns the whole cache again
+        page, offset = (jnp.concatenate([x, jnp.zeros_like(x)]) for x in (page, offset))
+        new = jax.tree.map(lambda x: jnp.concatenate([x, x]), new)
 
     def put(old, new):  # [P,K,S,..], [B,K,T,..]
         if T == S:

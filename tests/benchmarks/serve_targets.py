@@ -138,7 +138,7 @@ def compile_one(
     cache = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.cache))
     ways = where.everywhere.num_devices
     traffic = program.count_traffic(compiled.as_text(), branches="least")
-    rows = name[1]
+    rows = 1 if name[0] in ("begin", "copy_page") else name[1]
     # The window of steps turns once; attention inside of it as often as there are pages.
     loops = sorted(traffic.unknown_loops.values())
     attention = loops[:-1] if name[0] == "decode" else loops
@@ -159,11 +159,16 @@ def compile_one(
 
 def flops(name: Any, config: ModelConfig, o: EngineOptions) -> int:
     """Of products with weights, on all devices. Filling pages needs no logits."""
-    kind, rows = name[:2]
+    kind, size = name[0], next(iter(name[1:]), 0)
     weights = models.num_params(models.abstract(config).blocks)
-    if kind == "decode":
-        return 2 * rows * (weights + config.vocab_size * config.hidden_size)
-    return 2 * rows * o.page_size * weights
+    head = config.vocab_size * config.hidden_size
+    tokens, logits = {
+        "decode": (size, size),
+        "begin": (size, 1),
+        "prefill": (size * o.page_size, 0),
+        "copy_page": (0, 0),
+    }[kind]
+    return 2 * (tokens * weights + logits * head)
 
 
 def jobs() -> Iterator[tuple[Any, EngineOptions]]:
