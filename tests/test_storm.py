@@ -107,7 +107,7 @@ def storm(server, count):
     stats = server.engine.stats()
     assert stats.pages_used == 0
     assert "error" not in stats.finished
-    assert sum(stats.finished.values()) >= count / 4
+    assert {"length", "abort"} <= set(stats.finished)
     assert [text_of(server, seed) for seed in range(SEEDS)] == alone
     until(lambda: threading.active_count() <= threads)
     assert server.get("/ready")[0] == 200
