@@ -47,6 +47,9 @@ MICRO_BATCH = flags.DEFINE_integer(
     "micro_batch", 4, "Conversations that torch computes at once; LLM Zoo: 4 for 7B, 1 for 13B."
 )
 STEPS = flags.DEFINE_integer("steps", 3, "Timed steps in each round, each with its own batch.")
+ACCUMULATION = flags.DEFINE_integer(
+    "accumulation", 2, "optim.accumulation of ours: so many parts of the batch, one after another."
+)
 LOSS_CHUNK = flags.DEFINE_integer(
     "loss_chunk", None, "compute.loss_chunk of ours; 0 for rows, else 1024, by default."
 )
@@ -186,7 +189,12 @@ def ours(folder: Path) -> Callable[[list[Batch]], float]:
     from llmzoo_jax import step as steps
     from llmzoo_jax.config import ComputeConfig, MeshConfig, OptimConfig
 
-    config = OptimConfig(learning_rate=LEARNING_RATE, schedule="constant", warmup_ratio=0.0)
+    config = OptimConfig(
+        learning_rate=LEARNING_RATE,
+        schedule="constant",
+        warmup_ratio=0.0,
+        accumulation=ACCUMULATION.value,
+    )
     tx = optim.make_optimizer(config, WARMUP + STEPS.value)
     mesh = sharding.make_mesh(MeshConfig())
     jax.set_mesh(mesh)
@@ -342,7 +350,7 @@ def settings_text() -> str:
 
 
 def settings() -> dict:
-    own = (CASE, LENGTH, BATCH_SIZE, LOSS_CHUNK, STEPS)
+    own = (CASE, LENGTH, BATCH_SIZE, ACCUMULATION, LOSS_CHUNK, STEPS)
     own += (MICRO_BATCH,) if CASE.value == "conversations" else ()
     own += (MAXTEXT_REMAT,) if MAXTEXT_PYTHON.value else ()
     return {"family": sides.FAMILY.value} | {flag.name: flag.value for flag in own}
