@@ -342,7 +342,6 @@ def set_counts(state: State, slot, in_prompt, counts) -> State:
 @functools.partial(jax.jit, donate_argnames=("state",))
 def copy_page(state: State, source, target) -> State:
     """Keys and values of the page ``source``, in the page ``target``, too."""
-
     return state._replace(cache=jax.tree.map(lambda x: _copy(x, source, target), state.cache))
 
 

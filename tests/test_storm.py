@@ -15,7 +15,7 @@ from tests.live_server import NAME, live, until
 from tests.test_server import SMALL
 from tests.tiny_runs import make_run
 
-OPTIONS = dataclasses.replace(SMALL, max_waiting=12)  # what is compiled is the same
+OPTIONS = dataclasses.replace(SMALL, max_waiting=18)  # what is compiled is the same
 PATH = "/v1/chat/completions"
 SEEDS = 6
 
@@ -103,10 +103,12 @@ def storm(server, count):
     with ThreadPoolExecutor(24) as pool:
         list(pool.map(one, range(count)))
     assert not all(refused)
+    assert any(refused) or count < 1000  # the queue was full, too
     until(lambda: server.engine.stats().running + server.engine.stats().waiting == 0)
     stats = server.engine.stats()
     assert stats.pages_used == 0
     assert "error" not in stats.finished
+    assert sum(stats.finished.values()) >= count / 4
     assert {"length", "abort"} <= set(stats.finished)
     assert [text_of(server, seed) for seed in range(SEEDS)] == alone
     until(lambda: threading.active_count() <= threads)

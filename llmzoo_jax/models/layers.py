@@ -53,7 +53,7 @@ def _matmul_backward(saved, dy):  # dy[...,N]
 matmul.defvjp(lambda x, w: (matmul(x, w), (x, w)), _matmul_backward)
 
 
-FEW_ROWS = 512
+FEW_ROWS = 512  # beyond, packing the weight no longer counts, and turning the result does
 
 
 def matmul_transposed(x: jax.Array, w: jax.Array, *, out: Any = None) -> jax.Array:

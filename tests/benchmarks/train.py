@@ -38,10 +38,10 @@ flags.adopt_module_key_flags(sides)  # so that --help tells them
 
 CASE = flags.DEFINE_enum("case", "rows", ["rows", "conversations"], "See above.")
 LENGTH = flags.DEFINE_integer(
-    "length", None, "Tokens of a row (T); 512 for rows, else LLM Zoo's 2048, by default."
+    "length", None, "Tokens of a row (T); 512 for rows, else 1024, by default."
 )
 BATCH_SIZE = flags.DEFINE_integer(
-    "batch_size", None, "Rows of our batch; 8 for rows, else 2, by default."
+    "batch_size", None, "Rows of our batch; 8 for rows, else 4, by default."
 )
 MICRO_BATCH = flags.DEFINE_integer(
     "micro_batch", 4, "Conversations that torch computes at once; LLM Zoo: 4 for 7B, 1 for 13B."
@@ -361,7 +361,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unknown argument {argv[1]!r}; options are written --NAME=VALUE")
     if MAXTEXT_PYTHON.value and (CASE.value, sides.FAMILY.value) != ("rows", "llama"):
         raise app.UsageError("--maxtext_python goes with --case=rows --family=llama")
-    defaults = {"rows": (512, 8, 0), "conversations": (2048, 2, 1024)}[CASE.value]
+    defaults = {"rows": (512, 8, 0), "conversations": (1024, 4, 1024)}[CASE.value]
     for flag, default in zip((LENGTH, BATCH_SIZE, LOSS_CHUNK), defaults, strict=True):
         if flag.value is None:
             flags.FLAGS[flag.name].value = default
