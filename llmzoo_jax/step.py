@@ -17,7 +17,7 @@ from llmzoo_jax.config import ComputeConfig, ConfigError, LoraConfig, ModelConfi
 from llmzoo_jax.models import attention, low_precision
 from llmzoo_jax.packing import Batch
 from llmzoo_jax.sharding import tree_shardings
-from llmzoo_jax.vocabulary_loss import chunked_losses
+from llmzoo_jax.vocabulary_loss import Loss, chunked_loss
 
 
 class TrainState(NamedTuple):
@@ -83,8 +83,9 @@ def resolve(compute: ComputeConfig, mesh: Mesh, *, lora: LoraConfig | None = Non
     return dataclasses.replace(compute, attention=attention.choose(compute.attention, platform))
 
 
-def token_losses(model: nnx.Module, batch: Batch, compute: ComputeConfig) -> jax.Array:
-    """Cross-entropy of every target in float32 ``[B,T]``, 0 where it is not a loss token."""
+def batch_loss(model: nnx.Module, batch: Batch, compute: ComputeConfig) -> Loss:
+    """Cross-entropy of every target in float32 ``[B,T]``, 0 where it is not a loss token, and its
+    sum, through which gradients go."""
     hidden, _ = model.hidden(
         batch.tokens,
         models.packed_mask(batch.segment_ids),
@@ -95,7 +96,7 @@ def token_losses(model: nnx.Module, batch: Batch, compute: ComputeConfig) -> jax
     )
 
     if compute.loss_chunk:
-        return chunked_losses(
+        return chunked_loss(
             model.head_table(),
             hidden,
             batch.targets,
@@ -104,7 +105,8 @@ def token_losses(model: nnx.Module, batch: Batch, compute: ComputeConfig) -> jax
         )
     logits = model.logits(hidden)
     picked = jnp.take_along_axis(logits, batch.targets[..., None], axis=-1)[..., 0]
-    return jnp.where(batch.loss_mask, jax.nn.logsumexp(logits, axis=-1) - picked, 0.0)
+    losses = jnp.where(batch.loss_mask, jax.nn.logsumexp(logits, axis=-1) - picked, 0.0)
+    return Loss(losses.sum(), losses)
 
 
 def loss_and_grads(
@@ -126,8 +128,7 @@ def loss_and_grads(
     def loss_sum(params, part, rows):
         keys = None if key is None else jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
         model = low_precision.attach(lora.attach(base, params, keys), compute.matmul)
-        losses = token_losses(model, part, compute)
-        return losses.sum(), losses
+        return batch_loss(model, part, compute)
 
     grad = jax.value_and_grad(loss_sum, has_aux=True)
     rows = jnp.arange(len(batch.tokens))
@@ -223,5 +224,5 @@ def jit_train_step(
 def jit_eval_step(compute: ComputeConfig, everywhere: jax.sharding.Sharding | None = None):
     """``step(params, batch) -> float32 [B,T]``, the loss of every loss token; ``everywhere``, if it
     is given, is the replicated sharding in which every process has all of them."""
-    losses = lambda params, batch: token_losses(params, batch, compute)  # noqa: E731
+    losses = lambda params, batch: batch_loss(params, batch, compute).losses  # noqa: E731
     return jax.jit(losses, out_shardings=everywhere)

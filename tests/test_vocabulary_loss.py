@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 
 from llmzoo_jax import program, sharding
 from llmzoo_jax.config import MeshConfig
-from llmzoo_jax.vocabulary_loss import TABLE, TOKENS, X, chunked_losses
+from llmzoo_jax.vocabulary_loss import TABLE, TOKENS, Loss, X, chunked_loss
 from tests import parity
 
 B, T, D, V = 8, 12, 8, 40
@@ -20,66 +20,94 @@ MESHES = [(8, 1, 1, 1), (1, 8, 1, 1), (1, 1, 8, 1), (2, 2, 2, 1), (1, 2, 2, 2), 
 
 @functools.cache
 def case():
-    """(table, x, targets, mask: rows with all, some and no loss tokens), weights of the losses."""
+    """(table, x, targets, mask: rows with all, some and no loss tokens)."""
     rng = np.random.default_rng(0)
     mask = rng.random((B, T)) < np.linspace(0, 1, B)[:, None]
     mask[-1] = True
-    arrays = (
+    return (
         rng.standard_normal((V, D), np.float32),
         rng.standard_normal((B, T, D), np.float32),
         rng.integers(0, V, (B, T)).astype(np.int32),
         mask,
     )
-    return arrays, rng.standard_normal((B, T)).astype(np.float32)
 
 
 def dense(table, x, targets, mask):
     logits = jnp.einsum("BTD,VD->BTV", x, table, preferred_element_type=jnp.float32)
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return jnp.where(mask, jax.nn.logsumexp(logits, axis=-1) - picked, 0.0)
+    losses = jnp.where(mask, jax.nn.logsumexp(logits, axis=-1) - picked, 0.0)
+    return Loss(losses.sum(), losses)
 
 
-def losses_and_gradients(losses, arrays, weights):
+def losses_and_gradients(loss, arrays):
+    """Of a third of the sum, so that the scale counts."""
+
     def run(table, x, targets, mask):
-        y = losses(table, x, targets, mask)
-        return (y * weights).sum(), y
+        total, losses = loss(table, x, targets, mask)
+        return total / 3, losses
 
-    gradients, y = jax.jit(jax.grad(run, argnums=(0, 1), has_aux=True))(*arrays)
-    return jax.device_get((y, gradients))
+    (total, y), gradients = jax.jit(jax.value_and_grad(run, argnums=(0, 1), has_aux=True))(*arrays)
+    return jax.device_get((total, y, gradients))
 
 
 @functools.cache
 def wanted():
-    return losses_and_gradients(dense, *case())
+    return losses_and_gradients(dense, case())
 
 
 @pytest.mark.parametrize("chunk", [1, 3 * B, 5 * B, 10**6])
 def test_chunks_of_any_size_give_the_losses_and_gradients(chunk):
-    got = losses_and_gradients(functools.partial(chunked_losses, chunk=chunk), *case())
+    loss = functools.partial(chunked_loss, chunk=chunk)
+    got = losses_and_gradients(loss, case())
     assert parity.max_difference(got, wanted()) <= TOLERANCE
+    # Losses alone, as an evaluation has them, are computed without gradients.
+    alone = jax.device_get(jax.jit(loss)(*case()))
+    assert parity.max_difference(alone.losses, wanted()[1]) <= TOLERANCE
+    assert alone.total == pytest.approx(alone.losses.sum(), rel=1e-6)
 
 
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
 def test_every_mesh_gives_the_losses_and_gradients(sizes):
     mesh = sharding.make_mesh(MeshConfig(**dict(zip(sharding.AXES, sizes, strict=True))))
-    arrays, weights = case()
     placed = [
         jax.device_put(x, NamedSharding(mesh, sharding.spec(axes)))
-        for x, axes in zip(arrays, (TABLE, X, TOKENS, TOKENS), strict=True)
+        for x, axes in zip(case(), (TABLE, X, TOKENS, TOKENS), strict=True)
     ]
     with jax.set_mesh(mesh):
-        got = losses_and_gradients(functools.partial(chunked_losses, chunk=24), placed, weights)
+        got = losses_and_gradients(functools.partial(chunked_loss, chunk=24), placed)
     assert parity.max_difference(got, wanted()) <= TOLERANCE
 
 
 def test_a_table_in_float32_gets_its_gradient_in_float32_from_bfloat16_products():
-    (table, x, targets, mask), weights = case()
+    table, x, targets, mask = case()
     half = (table, x.astype(jnp.bfloat16), targets, mask)
-    got = losses_and_gradients(functools.partial(chunked_losses, chunk=24), half, weights)
-    assert got[1][0].dtype == np.float32 and got[1][1].dtype == jnp.bfloat16
-    want = wanted()
-    assert parity.max_difference(got[0], want[0]) <= 0.1
-    assert parity.max_difference(got[1][0], want[1][0]) <= 0.1
+    _, losses, (d_table, dx) = losses_and_gradients(functools.partial(chunked_loss, chunk=24), half)
+    assert d_table.dtype == np.float32 and dx.dtype == jnp.bfloat16
+    _, want, (d_table_wanted, _) = wanted()
+    assert parity.max_difference(losses, want) <= 0.1
+    assert parity.max_difference(d_table, d_table_wanted) <= 0.1
+
+
+def test_a_gradient_through_the_losses_is_refused_rather_than_wrong():
+    def weighted(table, x, targets, mask):
+        return (chunked_loss(table, x, targets, mask, chunk=24).losses * 2).sum()
+
+    with pytest.raises(TypeError, match="through its total"):
+        jax.grad(weighted)(*case())
+
+
+def test_a_frozen_table_gets_no_gradient_and_costs_no_memory_for_one():
+    table, x, targets, mask = (jnp.asarray(a) for a in case())
+
+    def total(x, table):
+        return chunked_loss(table, x, targets, mask, chunk=24).total
+
+    program = str(jax.make_jaxpr(jax.grad(total))(x, table))
+    assert f"f32[24,{V}]" in program  # logits of a chunk
+    assert f"f32[{D},{V}]" in str(jax.make_jaxpr(jax.grad(total, argnums=1))(x, table))
+    assert f"f32[{D},{V}]" not in program
+    frozen = jax.jit(jax.grad(total))(x, table)
+    assert parity.max_difference(frozen / 3, wanted()[2][1]) <= TOLERANCE
 
 
 def compiled_step(mesh, *, chunk, tokens, vocabulary, width=16):
@@ -91,8 +119,8 @@ def compiled_step(mesh, *, chunk, tokens, vocabulary, width=16):
 
     def run(table, x, targets, mask):
         if chunk:
-            return chunked_losses(table, x, targets, mask, chunk=chunk).sum()
-        return dense(table, x, targets, mask).sum()
+            return chunked_loss(table, x, targets, mask, chunk=chunk).total
+        return dense(table, x, targets, mask).total
 
     rows = tokens // 64
     with jax.set_mesh(mesh):
@@ -122,10 +150,10 @@ def test_memory_grows_with_the_chunk_and_not_with_all_tokens_times_the_vocabular
     assert temporaries(8192, 0) > 8192 * logits
 
 
-def test_the_table_crosses_the_network_once_a_pass_however_many_chunks():
+def test_the_table_and_its_gradient_cross_the_network_once_however_many_chunks():
     mesh = sharding.make_mesh(MeshConfig(fsdp=8))
     table = 5000 * 16 * 4  # bytes
     step = compiled_step(mesh, chunk=64, tokens=2048, vocabulary=5000)  # 32 chunks
     traffic = program.count_traffic(step.as_text())
-    assert traffic.collectives["all-gather"] <= 2 * table  # forward, backward
-    assert table <= sum(traffic.collectives.values()) <= 3 * table + 1024
+    assert traffic.collectives["all-gather"] <= table
+    assert table <= sum(traffic.collectives.values()) <= 2 * table + 1024

@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding
 from llmzoo_jax import sharding, targets
 from llmzoo_jax.config import MeshConfig
 from llmzoo_jax.models import attention
-from llmzoo_jax.vocabulary_loss import TABLE, TOKENS, X, chunked_losses
+from llmzoo_jax.vocabulary_loss import TABLE, TOKENS, X, chunked_loss
 
 TARGET = flags.DEFINE_string("target", "cpu:1", "As for llmzoo_jax.plan.")
 LENGTHS = (2048, 4096, 8192)
@@ -79,7 +79,10 @@ def loss_table(mesh) -> None:
         sizes = []
         for tokens in counts:
             rows = tokens // 2048
-            run = functools.partial(chunked_losses, chunk=chunk * mesh.size)
+
+            def run(*arrays, chunk=chunk * mesh.size):
+                return chunked_loss(*arrays, chunk=chunk).total
+
             size = temporaries(
                 mesh,
                 run,
