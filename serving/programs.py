@@ -50,7 +50,7 @@ def blocks(options: Any, pages: int) -> np.ndarray:
 def turn(state: steps.State, platform: str, rows: int) -> int:
     """How many pages attention takes at once."""
     if platform == "cpu":
-        return 8 if rows <= 4 else 16
+        return min(32, max(8, 2 * rows))
     pages = state.cache.k[0].values
     page = math.prod(pages.sharding.shard_shape(pages.shape)[1:]) * pages.dtype.itemsize
     most = max(8, ON_CHIP // page) if platform == "tpu" else TURN
