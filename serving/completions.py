@@ -67,13 +67,15 @@ class Token:
 @dataclass(frozen=True)
 class Delta:
     """What is new of one choice. ``tokens`` are given where log-probabilities were asked for,
-    ``prompt`` those of the prompt, once."""
+    ``prompt`` those of the prompt, once, ``stop`` the one that ended it, which is not in its text
+    and not counted."""
 
     choice: int
     text: str
     tokens: list[Token]
     prompt: list[Token] | None = None
     finish_reason: str | None = None
+    stop: Token | None = None
 
 
 @dataclass(eq=False)
@@ -145,7 +147,7 @@ class Answer:
                 yield delta
 
     def _take(self, number: int, choice: Choice, output: Output) -> Delta:
-        stream, prompt = choice.stream, None
+        stream, prompt, stop = choice.stream, None, None
         self._time(choice, len(output.tokens))
         text, choice.echo = choice.echo, ""
         choice.cached_tokens = max(choice.cached_tokens, output.cached_tokens)
@@ -160,12 +162,15 @@ class Answer:
         if stream.stopped_by is not None or reason == "deadline":
             reason = "stop" if stream.stopped_by is not None else reason
             choice.abort()  # the engine may not know
-        elif reason == "stop" and self.keep_stop and output.stop_token is not None:
-            text += stream.feed([output.stop_token])
+        elif reason == "stop" and output.stop_token is not None:
+            if output.stop_logprob is not None:
+                stop = _token(output.stop_token, output.stop_logprob)
+            if self.keep_stop:
+                text += stream.feed([output.stop_token])
         if reason is not None:
             text += stream.finish(whole=reason == "stop")
             choice.finish_reason = reason
-        return Delta(number, text, tokens, prompt, reason)
+        return Delta(number, text, tokens, prompt, reason, stop)
 
     def _time(self, choice: Choice, count: int) -> None:
         now = time.monotonic()

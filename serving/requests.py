@@ -140,6 +140,7 @@ class Output:
     logprobs: list[Logprob] | None = None
     prompt_logprobs: list[Logprob | None] | None = None
     stop_token: int | None = None
+    stop_logprob: Logprob | None = None
     cached_tokens: int = 0  # of the prompt, that were in the cache already
     error: str | None = None
 

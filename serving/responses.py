@@ -80,7 +80,8 @@ def _best(request: Any, answer: Answer) -> Iterable[tuple[int, Any]]:
 def _joined(number: int, deltas: list[Delta], reason: str | None) -> Delta:
     tokens = [token for delta in deltas for token in delta.tokens]
     prompt = next((delta.prompt for delta in deltas if delta.prompt is not None), None)
-    return Delta(number, "".join(delta.text for delta in deltas), tokens, prompt, reason)
+    stop = deltas[-1].stop if deltas else None
+    return Delta(number, "".join(delta.text for delta in deltas), tokens, prompt, reason, stop)
 
 
 def _choice(
@@ -90,6 +91,8 @@ def _choice(
     if isinstance(request, CompletionRequest):
         body["text"] = delta.text
         tokens = (delta.prompt or [] if request.echo else []) + delta.tokens
+        # As vLLM; lm-evaluation-harness leaves out the last one, which has to be no prompt's.
+        tokens += [delta.stop] if delta.stop else []
         asked = request.logprobs is not None
         body["logprobs"] = offsets.logprobs(tokens) if asked else None
     else:

@@ -91,22 +91,23 @@ class Row:
         s = self.request.sampling
         new: list[int] = []
         logprobs: list[Logprob] = []
-        reason, stop = None, None
+        reason, stop, stop_logprob = None, None, None
+
+        def logprob(step: int) -> Logprob:
+            ids, values = window.top_ids[step, column], window.top_logprobs[step, column]
+            return Logprob(float(window.logprobs[step, column]), top(ids, values, s.logprobs))
+
         for i, token in enumerate(window.tokens[:, column].tolist()):
             if token < 0 or reason is not None:
                 break
             if token in self.stop_ids and self.generated + 1 > s.min_tokens:
                 reason, stop = "stop", token
+                stop_logprob = None if s.logprobs is None else logprob(i)
                 break
             self.tokens.append(token)
             new.append(token)
             if s.logprobs is not None:
-                logprobs.append(
-                    Logprob(
-                        float(window.logprobs[i, column]),
-                        top(window.top_ids[i, column], window.top_logprobs[i, column], s.logprobs),
-                    )
-                )
+                logprobs.append(logprob(i))
             if self.left <= 0:
                 reason = "length"
             if s.repetition_stop and loops(self.tokens[-self.generated :], s.repetition_stop):
@@ -114,7 +115,13 @@ class Row:
         if not new and reason is None:
             return None
         return self.say(
-            Output(new, reason, logprobs if s.logprobs is not None else None, stop_token=stop)
+            Output(
+                new,
+                reason,
+                logprobs if s.logprobs is not None else None,
+                stop_token=stop,
+                stop_logprob=stop_logprob,
+            )
         )
 
     def advance(self, output: Output | None, before: int) -> Output | None:
@@ -135,10 +142,9 @@ class Row:
         if self.started:
             return output
         self.started = True
-        return Output(
-            output.tokens, output.finish_reason, output.logprobs, self.prompt_logprobs,
-            output.stop_token, self.cached_tokens, output.error,
-        )  # fmt: skip
+        return dataclasses.replace(
+            output, prompt_logprobs=self.prompt_logprobs, cached_tokens=self.cached_tokens
+        )
 
     def take_scores(self, scores: Scores, block: int, start: int) -> None:
         """The log-probabilities of the prompt's tokens that follow those of one page."""

@@ -127,6 +127,25 @@ def test_echoed_logprobs_are_the_models(each):
         assert choice.finish_reason == "length"
 
 
+def test_a_stop_token_is_among_the_logprobs_and_not_in_the_text(each):
+    """lm-evaluation-harness drops the last of the log-probabilities: that of a new token."""
+    asked = {"model": NAME, "prompt": "The quick", "logprobs": 1, "temperature": 0}
+    create = each.client().completions.create
+    first = create(max_tokens=1, **asked).choices[0].logprobs
+    id = int(jnp.argmax(each.model.logits([each.model.tokenizer("The quick").input_ids])[0, -1]))
+    stopped = {"max_tokens": 4, "extra_body": {"stop_token_ids": [id]}}
+    answer = create(**asked, **stopped)
+    assert (answer.choices[0].text, answer.choices[0].finish_reason) == ("", "stop")
+    assert answer.usage.completion_tokens == 0
+    assert answer.choices[0].logprobs.tokens == first.tokens
+    assert np.allclose(answer.choices[0].logprobs.token_logprobs, first.token_logprobs, atol=1e-4)
+    echoed = create(echo=True, **asked, **stopped).choices[0]
+    assert echoed.text == "The quick"
+    assert echoed.logprobs.tokens[-1:] == first.tokens
+    (chunk,) = [c.choices[0] for c in create(stream=True, **asked, **stopped) if c.choices]
+    assert (chunk.text, chunk.logprobs.tokens) == ("", first.tokens)
+
+
 def test_chat_logprobs_spell_the_answer(each):
     asked = {"model": NAME, "messages": CHAT, "max_tokens": 12, "seed": 5}
     asked |= {"logprobs": True, "top_logprobs": 3}
