@@ -164,13 +164,19 @@ def test_a_run_killed_three_times_once_in_a_save_ends_as_an_undisturbed_one(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(7))
-def test_a_run_killed_at_random_ends_as_an_undisturbed_one(seed, folder, undisturbed, tmp_path):
-    """7 runs of 5 kills each, of which 28 or more must have met a run in the act."""
-    moments = random.Random(100 + seed).sample(["any", "step", "step", "save", "save"], 5)
-    hits = kill_again_and_again(folder, tmp_path / "run", moments, seed)
-    assert_same(tmp_path / "run", undisturbed)
-    assert hits.count(True) >= 4
+@pytest.mark.parametrize("seed", range(6))
+def test_runs_killed_at_random_end_as_an_undisturbed_one(seed, folder, undisturbed, tmp_path):
+    """Five kills or more that met a run in the act: 30 in all. A machine may be so fast that a kill
+    comes too late; then another run is killed, too."""
+    rng, hits = random.Random(100 + seed), 0
+    for number in range(4):
+        run_dir = tmp_path / f"run{number}"
+        moments = rng.sample(["any", "step", "step", "save", "save"], 5)
+        hits += kill_again_and_again(folder, run_dir, moments, 10 * seed + number).count(True)
+        assert_same(run_dir, undisturbed)
+        if hits >= 5:
+            return
+    raise AssertionError(f"{hits} kills of 20 met a run in the act")
 
 
 # --- signals ------------------------------------------------------------------------------------
