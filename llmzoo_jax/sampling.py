@@ -33,7 +33,7 @@ def choose(logits: jax.Array, positions: jax.Array, params: Params | None) -> ja
     The filters apply in HF's order: temperature, top-k, top-p, min-p. The key of a draw is made of
     the row's seed and the position ``positions[B]`` of the drawn token, and of nothing else.
     """
-    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    greedy = jax.lax.platform_dependent(logits, cpu=_argmax_by_blocks, default=_argmax)
     if params is None:
         return greedy
     drawn = params.temperature > 0
@@ -54,12 +54,28 @@ def choose(logits: jax.Array, positions: jax.Array, params: Params | None) -> ja
     return jnp.where(drawn, sampled, greedy)
 
 
+def _argmax(logits: jax.Array) -> jax.Array:
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+
+def _argmax_by_blocks(logits: jax.Array) -> jax.Array:
+    """The same, where XLA's argmax takes one number after the other, but a maximum many at once."""
+    blocks = _blocks(logits, -jnp.inf)
+    block = _argmax(blocks.max(-1))[:, None]  # [B,1]
+    places = jnp.take_along_axis(blocks, block[:, :, None], axis=1)[:, 0]  # [B,BLOCK]
+    return block[:, 0] * BLOCK + _argmax(places)
+
+
+def _blocks(x: jax.Array, fill: float) -> jax.Array:
+    """``[B,V] -> [B,blocks,BLOCK]``."""
+    B, V = x.shape
+    return jnp.pad(x, ((0, 0), (0, -V % BLOCK)), constant_values=fill).reshape(B, -1, BLOCK)
+
+
 def draw(logits: jax.Array, positions: jax.Array, seeds: jax.Array) -> jax.Array:
     """A token of each row with the probabilities of ``softmax(logits[B,V])``: where one uniform
     number falls among their running sums, by blocks first, so that few sums run."""
-    B, V = logits.shape
-    p = jnp.exp(logits - logits.max(-1, keepdims=True))
-    p = jnp.pad(p, ((0, 0), (0, -V % BLOCK))).reshape(B, -1, BLOCK)  # [B,blocks,BLOCK]
+    p = _blocks(jnp.exp(logits - logits.max(-1, keepdims=True)), 0.0)  # [B,blocks,BLOCK]
     ends = jnp.cumsum(p.sum(-1), axis=-1)  # [B,blocks]
 
     def uniform(seed, position):

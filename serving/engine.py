@@ -275,7 +275,7 @@ class Engine:
             for n in range(row.filled, -(-(len(row.tokens) - 1) // size)):
                 if row.pages[n].written:
                     continue
-                full = len(todo) == self._runner.most_pages(scored=wants)
+                full = not self._runner.fits([*todo, (row, n)], scored=wants)
                 if full or (scored is not None and scored != wants):
                     self._runner.fill(todo, scored)
                     return True

@@ -21,30 +21,40 @@ def row_sizes(options: Any) -> list[int]:
     return _sizes(options.max_batch, only_largest=options.deterministic)
 
 
-def page_sizes(options: Any) -> list[int]:
-    """Of how many pages there is a program that fills them."""
-    pages = options.prefill_tokens // options.page_size
-    return _sizes(pages, only_largest=options.deterministic)
+def block_size(options: Any, platform: str) -> int:
+    """Tokens of a page that are filled as one: half of it on a CPU, which takes as long for a place
+    without a token as for one with."""
+    size = options.page_size
+    return size // 2 if platform == "cpu" and size % 2 == 0 else size
+
+
+def block_counts(options: Any, platform: str) -> list[int]:
+    """Of how many blocks there is a program that fills them."""
+    blocks = options.prefill_tokens // block_size(options, platform)
+    return _sizes(blocks, only_largest=options.deterministic)
 
 
 def begin_sizes(options: Any, platform: str) -> list[int]:
-    """How many tokens of a page a first step reads: on a CPU fewer are faster."""
-    size = options.page_size
-    if options.deterministic:
-        return []
-    return [size // 2, size] if platform == "cpu" and size > 1 else [size]
+    """How many tokens of a page a first step reads."""
+    return (
+        [] if options.deterministic else sorted({block_size(options, platform), options.page_size})
+    )
 
 
-def most_pages(options: Any, *, scored: bool) -> int:
+def most_blocks(options: Any, platform: str, *, scored: bool) -> int:
     """That one call fills. Few where their tokens are scored: that has the logits of all places at
     once."""
-    most = page_sizes(options)[-1]
-    return min(SCORED_PAGES, most) if scored else most
+    most = block_counts(options, platform)[-1]
+    scored_most = SCORED_PAGES * options.page_size // block_size(options, platform)
+    return min(scored_most, most) if scored else most
 
 
-def blocks(options: Any, pages: int) -> np.ndarray:
-    """Empty ones, for ``steps.prefill``."""
-    return np.zeros((pages, 2 + 2 * options.page_size + options.pages_a_row + 1), np.int32)
+def blocks(options: Any, platform: str, count: int) -> steps.Blocks:
+    """Empty ones."""
+    tokens = np.zeros((count, block_size(options, platform)), np.int32)
+    one = np.zeros(count, np.int32)
+    tables = np.zeros((count, options.pages_a_row + 1), np.int32)
+    return steps.Blocks(one, one.copy(), tokens, tokens.copy(), tables)
 
 
 def turn(state: steps.State, platform: str, rows: int) -> int:
@@ -76,10 +86,10 @@ def names(options: Any, *, platform: str, scores: bool) -> list[tuple[Any, ...]]
     found = [("decode", B) for B in rows] + [("begin", T) for T in begin_sizes(o, platform)]
     if o.speculate:
         found += [("verify", B) for B in rows if o.speculate_rows >= B]
-    found += [("prefill", R, False) for R in page_sizes(o)]
+    found += [("prefill", R, False) for R in block_counts(o, platform)]
     found += [("copy_page",)] if o.prefix_cache else []
     if scores:
-        found += [("prefill", most_pages(o, scored=True), True), ("set_counts",)]
+        found += [("prefill", most_blocks(o, platform, scored=True), True), ("set_counts",)]
     return found
 
 
@@ -111,7 +121,7 @@ def lower(
         case ("copy_page",):
             return steps.copy_page.lower(state, *given((np.int32(0), np.int32(0))))
         case ("prefill", R, scored):
-            args = given((blocks(o, R), pair_up(o, state, platform, [], R)))
+            args = given((blocks(o, platform, R), pair_up(o, state, platform, [], R)))
             return steps.prefill.lower(leaves, state, *args, scored=scored, **static)
         case (kind, size):
             B = 1 if kind == "begin" else size

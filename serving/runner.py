@@ -103,7 +103,8 @@ class Runner:
         (self._platform,) = {device.platform for device in self._leaves[0].devices()}
         # What the host gives with each call goes to every device.
         self._everywhere = None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
-        self._sizes, self._blocks = programs.row_sizes(o), programs.page_sizes(o)
+        self._sizes = programs.row_sizes(o)
+        self._counts = programs.block_counts(o, self._platform)
         self._begins = programs.begin_sizes(o, self._platform)
         self._no_extras = {
             B: jax.device_put(steps.no_extras(B, model.config.vocab_size), self._everywhere)
@@ -113,9 +114,16 @@ class Runner:
         self._kv_dtype = jnp.int8 if o.kv_dtype == "int8" else jnp.dtype(model.dtype)
         self.reset()
 
-    def most_pages(self, *, scored: bool) -> int:
-        """That one call of ``fill`` takes."""
-        return programs.most_pages(self.options, scored=scored)
+    def fits(self, todo: Sequence[tuple[Row, int]], *, scored: bool) -> bool:
+        """Whether one call of ``fill`` takes these pages."""
+        blocks = sum(len(self._starts(row, n)) for row, n in todo)
+        return blocks <= programs.most_blocks(self.options, self._platform, scored=scored)
+
+    def _starts(self, row: Row, n: int) -> range:
+        """Where the blocks of its page ``n`` start, up to the row's last token but one."""
+        start, size = n * self.options.page_size, self.options.page_size
+        end = min(start + size, len(row.tokens) - 1)
+        return range(start, end, programs.block_size(self.options, self._platform))
 
     def reset(self) -> None:
         o = self.options
@@ -125,29 +133,28 @@ class Runner:
         )  # fmt: skip
 
     def fill(self, todo: Sequence[tuple[Row, int]], scored: bool) -> None:
-        size = self.options.page_size
-        R = next(n for n in self._blocks if n >= len(todo))
+        """Pages of rows, as many as fit."""
+        parts = [(row, n, start) for row, n in todo for start in self._starts(row, n)]
+        R = next(count for count in self._counts if count >= len(parts))
         if scored:
-            R = self.most_pages(scored=True)
-        blocks = programs.blocks(self.options, R)
-        tables = []
-        for block, (row, n) in zip(blocks, todo, strict=False):
-            start = n * size
-            part = row.tokens[start : min(start + size, len(row.tokens) - 1)]
-            after = row.tokens[start + 1 : start + 1 + size]
-            block[:2] = row.adapter, start
-            block[2 : 2 + len(part)] = part
-            block[2 + size : 2 + size + len(after)] = after
-            numbers = [page.number for page in row.pages[: n + 1]]
-            block[2 + 2 * size : 2 + 2 * size + len(numbers)] = numbers
-            tables.append(numbers)
+            R = programs.most_blocks(self.options, self._platform, scored=True)
+        blocks = programs.blocks(self.options, self._platform, R)
+        T, tables = blocks.tokens.shape[1], []
+        for i, (row, n, start) in enumerate(parts):
+            part = row.tokens[start : min(start + T, len(row.tokens) - 1)]
+            after = row.tokens[start + 1 : start + 1 + T]
+            blocks.adapters[i], blocks.starts[i] = row.adapter, start
+            blocks.tokens[i, : len(part)] = part
+            blocks.targets[i, : len(after)] = after
+            tables.append([page.number for page in row.pages[: n + 1]])
+            blocks.tables[i, : n + 1] = tables[-1]
         work = self._pair_up(tables, R)
         program = self._program("prefill", R, bool(scored))
         self.state, scores = program(self._leaves, self.state, blocks, work)
         if scores is not None:
             scores = steps.Scores(*map(np.asarray, scores))
-            for i, (row, n) in enumerate(todo):
-                row.take_scores(scores, i, n * size)
+            for i, (row, _, start) in enumerate(parts):
+                row.take_scores(scores, i, start)
 
     def decode(self, rows: Sequence[Row], limit: int) -> steps.Window:
         """Up to ``limit`` steps of ``rows``, whose pages have room for them; arrays of NumPy."""

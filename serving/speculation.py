@@ -82,7 +82,7 @@ class Draft:
         todo: list[tuple[Row, int]] = []
         for row in able:
             for n, drafted in self._lagging(row):
-                if len(todo) < self._runner.most_pages(scored=False):
+                if self._runner.fits([*todo, (row, n)], scored=False):
                     row.pages[n].drafted = drafted  # so a page of two rows is filled once
                     todo.append((row, n))
         if todo:

@@ -54,6 +54,18 @@ class Work(NamedTuple):
     turns: np.int32
 
 
+class Blocks(NamedTuple):
+    """R parts of pages that are to be filled, T tokens each; int32. ``starts[R]``: their first
+    positions; ``targets[R,T]``: the tokens after ``tokens[R,T]``; ``tables[R,M]``: the pages of
+    their rows."""
+
+    adapters: np.ndarray
+    starts: np.ndarray
+    tokens: np.ndarray
+    targets: np.ndarray
+    tables: np.ndarray
+
+
 class Extras(NamedTuple):
     """What few rows need: tokens with a bias, ``[B,MAX_BIAS]`` (id -1: none), and the tokens that a
     grammar allows, as bits, int32 ``[B,ceil(V/32)]``."""
@@ -149,7 +161,7 @@ def decode(
 
     def step(carry):
         i, last, position, active, state, out = carry
-        view = PageView(position[:, None], c.tables, *work)
+        view = PageView(position[:, None], c.tables, *work, one_page=True)
         x, cache = model.hidden(
             last[:, None], view, position[:, None], kv_cache=state.cache, dtype=jnp.dtype(dtype)
         )
@@ -192,7 +204,7 @@ def begin(
     adapters.select(model, row["adapter"])
     last = row["position"] % size  # [1]
     positions = (row["position"] - last)[:, None] + jnp.arange(tokens.shape[1])
-    view = PageView(positions, c.tables, *work)
+    view = PageView(positions, c.tables, *work, one_page=True)
     x, cache = model.hidden(tokens, view, positions, kv_cache=state.cache, dtype=jnp.dtype(dtype))
     raw = model.logits(jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0])  # [1,V]
     token = choose(c.constrain(raw, state, 0), row["position"] + 1, c.params)
@@ -298,10 +310,10 @@ def _where_asked(asked: jax.Array, change: Callable, logits: jax.Array) -> jax.A
 
 
 class Scores(NamedTuple):
-    """Of each place of R pages: the log-probability of the token after it, and the likeliest."""
+    """Of each place of R blocks: the log-probability of the token after it, and the likeliest."""
 
-    logprobs: jax.Array  # [R,S]
-    top_ids: jax.Array  # [R,S,MAX_LOGPROBS]
+    logprobs: jax.Array  # [R,T]
+    top_ids: jax.Array  # [R,T,MAX_LOGPROBS]
     top_logprobs: jax.Array
 
 
@@ -309,24 +321,23 @@ class Scores(NamedTuple):
     jax.jit, static_argnames=("treedef", "scored", "dtype"), donate_argnames=("state",)
 )
 def prefill(
-    leaves, state: State, blocks, work: Work, *, treedef, scored: bool, dtype
+    leaves, state: State, blocks: Blocks, work: Work, *, treedef, scored: bool, dtype
 ) -> tuple[State, Scores | None]:
-    """Fills whole pages. ``blocks`` int32 ``[R, 2 + 2 * S + M]``: the adapter of each page, the
-    position at which it starts, its tokens, those after them (for ``scored``), its row's pages."""
+    """Fills pages, or parts of them."""
     model = jax.tree.unflatten(treedef, leaves)
-    S = state.cache.k[0].values.shape[2]
-    R = len(blocks)
-    adapters.select(model, blocks[:, 0])
-    positions = blocks[:, 1:2] + jnp.arange(S)  # [R,S]
-    tokens, targets = blocks[:, 2 : 2 + S], blocks[:, 2 + S : 2 + 2 * S]
-    view = PageView(positions, blocks[:, 2 + 2 * S :], *work)
-    x, cache = model.hidden(tokens, view, positions, kv_cache=state.cache, dtype=jnp.dtype(dtype))
+    R, T = blocks.tokens.shape
+    adapters.select(model, blocks.adapters)
+    positions = blocks.starts[:, None] + jnp.arange(T)  # [R,T]
+    view = PageView(positions, blocks.tables, *work, one_page=True)
+    x, cache = model.hidden(
+        blocks.tokens, view, positions, kv_cache=state.cache, dtype=jnp.dtype(dtype)
+    )
     state = _state(cache, state.counts, state.in_prompt)
     if not scored:
         return state, None
-    logits = model.logits(x.reshape(R * S, -1))
-    scores = _logprobs(logits, targets.reshape(-1))
-    return state, Scores(*(y.reshape(R, S, *y.shape[1:]) for y in scores))
+    logits = model.logits(x.reshape(R * T, -1))
+    scores = _logprobs(logits, blocks.targets.reshape(-1))
+    return state, Scores(*(y.reshape(R, T, *y.shape[1:]) for y in scores))
 
 
 @functools.partial(jax.jit, donate_argnames=("state",))

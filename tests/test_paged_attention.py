@@ -1,5 +1,7 @@
 """Attention over pages is attention over the rows that they hold, wherever the pages lie."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,25 +32,26 @@ def tables(seed, shared=0):
     return mine
 
 
-def view(mine, positions, apart=False):
+def view(mine, positions, apart=False, one_page=True):
     table = np.zeros((B, 8), np.int32)
     for row, pages in zip(table, mine, strict=True):
         row[: len(pages)] = pages
     work = pair_up(mine, lines=20, width=WIDTH, apart=apart)
-    return PageView(*map(jnp.asarray, (np.asarray(positions, np.int32), table, *work)))
+    arrays = map(jnp.asarray, (np.asarray(positions, np.int32), table, *work))
+    return PageView(*arrays, one_page=one_page)
 
 
-def filled(mine, k, v, dtype=jnp.float32):
-    """Caches into which the rows were written, by pages and then token by token."""
-    caches = [init_pages(40, K, S, H, dtype) for _ in "kv"]
+def filled(mine, k, v, dtype=jnp.float32, block=S):
+    """Caches into which the rows were written, by blocks of whole pages and then token by token."""
+    caches = tuple(init_pages(40, K, S, H, dtype) for _ in "kv")
     for row, length in enumerate(LENGTHS):
-        for start in range(0, length - length % S, S):
+        for start in range(0, length - length % S, block):
             at = [mine[row]] + [[]] * (B - 1)
-            positions = np.zeros((B, S), np.int32) + start + np.arange(S)
-            for i, x in enumerate((k, v)):
-                new = np.zeros((B, K, S, H), np.float32)
-                new[0] = x[row, :, start : start + S]
-                caches[i] = write_pages(caches[i], jnp.asarray(new), view(at, positions))
+            positions = np.zeros((B, block), np.int32) + start + np.arange(block)
+            new = [np.zeros((B, K, block, H), np.float32) for _ in "kv"]
+            for x, part in zip((k, v), new, strict=True):
+                part[0] = x[row, :, start : start + block]
+            caches = write_pages(caches, map(jnp.asarray, new), view(at, positions))
     for offset in range(S):  # the rest of all rows, as decoding does
         starts = [n - n % S for n in LENGTHS]
         at = [
@@ -56,9 +59,8 @@ def filled(mine, k, v, dtype=jnp.float32):
         ]  # others write to page 0
         positions = np.array([[n + offset] for n in starts])
         index = np.minimum(positions, max(LENGTHS) - 1)[:, None, :, None]
-        for i, x in enumerate((k, v)):
-            new = np.take_along_axis(x, index, axis=2)
-            caches[i] = write_pages(caches[i], jnp.asarray(new), view(at, positions))
+        new = [np.take_along_axis(x, index, axis=2) for x in (k, v)]
+        caches = write_pages(caches, map(jnp.asarray, new), view(at, positions))
     return caches
 
 
@@ -106,25 +108,45 @@ def test_a_row_without_pages_gives_zeros():
     assert np.isfinite(got).all()
 
 
+@pytest.mark.parametrize("block", [1, S // 2])
+def test_parts_of_pages_make_whole_ones(block):
+    k, v = rows()
+    mine = tables(2)
+    whole, parts = (filled(mine, k, v, block=tokens) for tokens in (S, block))
+    for x, y in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
+        np.testing.assert_array_equal(x[1:], y[1:])  # page 0 is nobody's
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.int8])
-@pytest.mark.parametrize("tokens", [1, 3, S])
-def test_accelerators_write_what_a_cpu_writes(tokens, dtype):
+@pytest.mark.parametrize(
+    ("tokens", "starts", "one_page"),
+    [
+        (1, [0, S + 1, 5, S - 1], True),
+        (2, [2, 0, S, S + 2], True),
+        (3, [0, S + 1, 5, S - 1], False),
+        (S, [0, S, 0, S], True),
+        (S, [1, S - 1, 0, S], False),  # as many as a page has, but in two of them
+    ],
+)
+def test_accelerators_write_what_a_cpu_writes(tokens, starts, one_page, dtype):
     """Pages or tokens at once there, slices here; rows that have ended write to nobody's page."""
     rng = np.random.default_rng(0)
     whole = np.arange(1, 1 + 3 * B, dtype=np.int32).reshape(B, 3)
     table = np.where(np.arange(B)[:, None] == 2, 0, whole)
-    starts = np.array([[0], [S], [0], [S]] if tokens == S else [[0], [S + 1], [5], [S - 1]])
-    page = np.take_along_axis(table, (starts + np.arange(tokens)) // S, axis=1)
-    offset = (starts + np.arange(tokens)) % S
+    positions = np.array(starts)[:, None] + np.arange(tokens)
+    page = np.take_along_axis(table, positions // S, axis=1)
+    offset = positions % S
     old = jax.tree.map(
-        lambda x: jnp.asarray(rng.integers(0, 99, x.shape), x.dtype), init_pages(14, K, S, H, dtype)
+        lambda x: jnp.asarray(rng.integers(0, 99, x.shape), x.dtype),
+        (init_pages(14, K, S, H, dtype),),
     )
     new = jax.tree.map(
         lambda x: jnp.asarray(rng.integers(0, 99, (B, K, tokens, *x.shape[3:])), x.dtype), old
     )
     args = old, new, jnp.asarray(page), jnp.asarray(offset)
-    here = paged._write_by_slices(*args)
-    for write in (paged._write_whole_pages, paged._write_rows):
+    here = paged._write_by_slices(*args, one_page=one_page)
+    whole_pages = functools.partial(paged._write_whole_pages, one_page=one_page)
+    for write in (whole_pages, paged._write_rows):
         for x, y in zip(jax.tree.leaves(here), jax.tree.leaves(write(*args)), strict=True):
             np.testing.assert_array_equal(x[1:], y[1:])
 

@@ -59,8 +59,14 @@ def test_every_size_of_work_has_a_program():
     names = programs.names(options, platform="cpu", scores=True)
     assert [n[1] for n in names if n[0] == "decode"] == [1, 2, 4, 8]
     assert [n[1] for n in names if n[0] == "verify"] == [1, 2, 4]
-    assert [n[1:] for n in names if n[0] == "prefill"] == [(1, False), (2, False), (2, True)]
+    # Half pages on a CPU, whole ones elsewhere.
+    prefill = [n[1:] for n in names if n[0] == "prefill"]
+    assert prefill == [(1, False), (2, False), (4, False), (4, True)]
     assert [n[1] for n in names if n[0] == "begin"] == [16, 32]
+    names = programs.names(options, platform="gpu", scores=True)
+    prefill = [n[1:] for n in names if n[0] == "prefill"]
+    assert prefill == [(1, False), (2, False), (2, True)]
+    assert [n[1] for n in names if n[0] == "begin"] == [32]
     options = dataclasses.replace(OPTIONS, deterministic=True)
     alone = programs.names(options, platform="cpu", scores=False)
-    assert alone == [("decode", 8), ("prefill", 2, False), ("copy_page",)]
+    assert alone == [("decode", 8), ("prefill", 4, False), ("copy_page",)]

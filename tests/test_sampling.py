@@ -77,6 +77,17 @@ def test_a_row_draws_the_same_in_any_batch():
     assert np.array_equal(together[greedy], logits[greedy].argmax(-1))
 
 
+@pytest.mark.parametrize("V", [5, 128, 300])
+def test_the_greatest_is_the_first_of_equals_however_it_is_found(V):
+    rng = np.random.default_rng(V)
+    logits = rng.integers(0, 3, (200, V)).astype(np.float32)  # many are equal
+    logits[:50] = rng.normal(size=(50, V))
+    logits[50, :] = -np.inf
+    logits[51:53, : V - 1] = -np.inf
+    for find in (sampling._argmax, sampling._argmax_by_blocks):
+        assert np.array_equal(find(logits), logits.argmax(-1))
+
+
 def test_draws_have_the_frequencies_of_the_softmax():
     from scipy.stats import chisquare
 

@@ -133,6 +133,21 @@ def test_what_is_guessed_right_takes_no_step_of_its_own(sampling, monkeypatch):
     assert len(calls) == 10  # of 3 + 1 tokens each, after the first token
 
 
+def test_as_many_tokens_as_a_page_has_go_where_they_belong():
+    """A guess of seven and the token before it, from any place of a page of eight."""
+    options = dataclasses.replace(
+        OPTIONS, speculate=SMALL.page_size - 1, max_batch=1, compile_at="first_use"
+    )
+    engine = Engine(model_of(LLAMA), options, draft=model_of(LLAMA))
+    engine.start()
+    prompt = [5, 6, 7, 9, 11]
+    answer = ask(engine, prompt, max_tokens=41)
+    assert answer.tokens == plainly(use(LLAMA, "itself"), prompt, max_tokens=41)
+    stats = engine.stats()
+    assert stats.right_tokens == stats.guessed_tokens == 35
+    engine.close()
+
+
 def test_a_page_that_many_rows_share_is_filled_once(monkeypatch):
     engine = use(LLAMA, "itself")
     fill, filled = engine._draft._runner.fill, []

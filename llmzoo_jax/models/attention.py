@@ -63,7 +63,7 @@ def write_cache(
 ) -> KVCache:
     """Puts ``k, v [B,K,T,H]`` of consecutive ``positions[B,T]`` into one layer's cache."""
     if isinstance(mask, PageView):
-        return KVCache(write_pages(cache.k, k, mask), write_pages(cache.v, v, mask))
+        return KVCache(*write_pages(cache, (k, v), mask))
     B, K, _, H = k.shape
     starts = positions[:, 0]
     if B > 32:  # a scatter; rows one by one would make the program too long

@@ -240,7 +240,16 @@ def rope_frequencies(config: RopeConfig, head_dim: int) -> jax.Array:
 def rope_angles(config: RopeConfig, head_dim: int, positions: jax.Array) -> Rope:
     """For ``positions[B,T]``; computed once a model, not once a layer."""
     angle = positions[:, :, None, None].astype(jnp.float32) * rope_frequencies(config, head_dim)
-    return Rope(jnp.cos(angle), jnp.sin(angle))
+
+    def rotation(angle):
+        return Rope(jnp.cos(angle), jnp.sin(angle))
+
+    def apart(angle):
+        # XLA's CPU backend takes a cosine for cheap, and would compute it again in each layer and
+        # for each head; across a branch it does not move it.
+        return jax.lax.cond(angle[0, 0, 0, 0] >= 0, rotation, lambda x: Rope(x, x), angle)
+
+    return jax.lax.platform_dependent(angle, cpu=apart, default=rotation)
 
 
 def apply_rope(x: jax.Array, rope: Rope) -> jax.Array:

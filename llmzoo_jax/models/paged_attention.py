@@ -8,7 +8,11 @@ row may have, R = G * T queries of a row that share a key/value head.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -26,14 +30,15 @@ class Pages(NamedTuple):
     scale: jax.Array | None = None
 
 
-class PageView(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PageView:
     """Where the rows of a batch find their pages. Stands where other caches have a ``Mask``.
 
-    ``positions[B,T]`` are those of the queries, consecutive; T is S with the first one at the start
-    of a page, or anything else, which is written token by token. ``tables[B,M]`` has the pages of
-    each row in order. The work: row ``rows[i]`` has at positions from ``indices[i] * S`` what is in
-    page ``pages[i]``; each is int32 ``[.,W]``, and the first ``turns`` lines count. A pair that
-    fills a line has the row B.
+    ``positions[B,T]`` are those of the queries, consecutive. ``tables[B,M]`` has the pages of each
+    row in order. The work: row ``rows[i]`` has at positions from ``indices[i] * S`` what is in page
+    ``pages[i]``; each is int32 ``[.,W]``, and the first ``turns`` lines count. A pair that fills a
+    line has the row B. ``one_page``: the T places of a row are in the same page.
     """
 
     positions: jax.Array
@@ -42,10 +47,14 @@ class PageView(NamedTuple):
     pages: jax.Array
     indices: jax.Array
     turns: jax.Array
+    one_page: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
 AXES = (None, "kv_heads", None, None)  # of pages; the devices of a mesh have them by heads
-_VIEW = PageView(*[(None, None)] * 5, ())
+
+
+def _view_axes(view: PageView) -> PageView:
+    return PageView(*[(None, None)] * 5, (), one_page=view.one_page)
 
 
 def init_pages(
@@ -62,17 +71,33 @@ def _axes_of(pages: Pages) -> Pages:
     return Pages(AXES, None if pages.scale is None else AXES[:-1])
 
 
-def write_pages(pages: Pages, new: jax.Array, view: PageView) -> Pages:
-    """Puts ``new[B,K,T,H]`` at ``view.positions`` of the rows."""
-    axes = _axes_of(pages)
-    run = per_device(_write, inputs=(axes, AXES, _VIEW), outputs=axes, undivided="error")
-    return run(pages, new, view)
+def write_pages(
+    pages: Sequence[Pages], new: Sequence[jax.Array], view: PageView
+) -> tuple[Pages, ...]:
+    """Puts each of ``new[B,K,T,H]`` (keys, values) at ``view.positions`` of the rows, in those of
+    ``pages`` that belong to it."""
+    pages, new = tuple(pages), tuple(new)
+    axes = tuple(map(_axes_of, pages))
+    inputs = (axes, tuple(AXES for _ in new), _view_axes(view))
+    return per_device(_write, inputs=inputs, outputs=axes, undivided="error")(pages, new, view)
 
 
-def _write(pages: Pages, new: jax.Array, view: PageView) -> Pages:
-    S = pages.values.shape[2]
+def _write(pages: tuple[Pages, ...], new: tuple[jax.Array, ...], view: PageView):
+    S = pages[0].values.shape[2]
     page = jnp.take_along_axis(view.tables, view.positions // S, axis=1)  # [B,T]
     offset = view.positions % S
+    new = tuple(map(_hold, pages, new))
+    by_slices, whole = (
+        functools.partial(write, one_page=view.one_page)
+        for write in (_write_by_slices, _write_whole_pages)
+    )
+    return jax.lax.platform_dependent(
+        pages, new, page, offset, cpu=by_slices, tpu=whole, default=_write_rows
+    )
+
+
+def _hold(pages: Pages, new: jax.Array) -> Pages:
+    """``new[B,K,T,H]`` as ``pages`` hold it."""
     scale = None
     if pages.scale is not None:
         scale = jnp.abs(new).max(-1).astype(jnp.float32) / 127.0  # [B,K,T]
@@ -80,16 +105,13 @@ def _write(pages: Pages, new: jax.Array, view: PageView) -> Pages:
     held = pages.values.dtype
     if held == jnp.uint16:
         new = jax.lax.bitcast_convert_type(new.astype(jnp.bfloat16), held)
-    new = Pages(new.astype(held), scale)
-    return jax.lax.platform_dependent(
-        pages, new, page, offset, cpu=_write_by_slices, tpu=_write_whole_pages, default=_write_rows
-    )
+    return Pages(new.astype(held), scale)
 
 
-def _write_by_slices(pages: Pages, new: Pages, page: jax.Array, offset: jax.Array) -> Pages:
+def _write_by_slices(pages, new, page: jax.Array, offset: jax.Array, *, one_page: bool):
     """In place; a CPU runs a scatter slower."""
-    S, (B, T) = pages.values.shape[2], page.shape
-    size = T if T in (1, S) else 1  # tokens that are together in a page, as far as is known
+    B, T = page.shape
+    size = T if one_page else 1
 
     def put(i, pages):
         row, t = (i, 0) if size == T else (i // T, i % T)
@@ -104,10 +126,10 @@ def _write_by_slices(pages: Pages, new: Pages, page: jax.Array, offset: jax.Arra
     return jax.lax.fori_loop(0, B * T // size, put, pages)
 
 
-def _write_rows(pages: Pages, new: Pages, page: jax.Array, offset: jax.Array) -> Pages:
+def _write_rows(pages, new, page: jax.Array, offset: jax.Array):
     """One scatter, by one index: by those of page and offset the compiler would turn the whole
     cache, which has the heads between them."""
-    K, S = pages.values.shape[1:3]
+    K, S = pages[0].values.shape[1:3]
     row = (page[:, None] * K + jnp.arange(K)[:, None]) * S + offset[:, None]  # [B,K,T]
 
     def put(old, new):
@@ -117,20 +139,20 @@ def _write_rows(pages: Pages, new: Pages, page: jax.Array, offset: jax.Array) ->
     return jax.tree.map(put, pages, new)
 
 
-def _write_whole_pages(pages: Pages, new: Pages, page: jax.Array, offset: jax.Array) -> Pages:
+def _write_whole_pages(pages, new, page: jax.Array, offset: jax.Array, *, one_page: bool):
     """A scatter of pages with their new tokens: a TPU has no small rows, and would turn the whole
     cache for those."""
-    S, T = pages.values.shape[2], page.shape[1]
+    S, T = pages[0].values.shape[2], page.shape[1]
     if len(page) == 1:  # of one page the compiler makes a slice, and turns the whole cache again
         page, offset = (jnp.concatenate([x, jnp.zeros_like(x)]) for x in (page, offset))
         new = jax.tree.map(lambda x: jnp.concatenate([x, x]), new)
 
     def put(old, new):  # [P,K,S,..], [B,K,T,..]
-        if T == S:
+        if one_page and T == S:
             return old.at[page[:, 0]].set(new)
         for t in range(T):
             here = jnp.arange(S) == offset[:, t, None]  # [B,S]
-            here = here.reshape(len(new), 1, S, *[1] * (old.ndim - 3))
+            here = here.reshape(len(page), 1, S, *[1] * (old.ndim - 3))
             part = jnp.where(here, new[:, :, t : t + 1], old[page[:, t]])
             old = old.at[page[:, t]].set(part)
         return old
@@ -147,7 +169,13 @@ def paged_attention(
     queries = (None, *AXES[1:], None)
     run = per_device(
         _attention,
-        inputs=(queries, _axes_of(k), _axes_of(v), _VIEW, None if slopes is None else AXES[1:3]),
+        inputs=(
+            queries,
+            _axes_of(k),
+            _axes_of(v),
+            _view_axes(view),
+            None if slopes is None else AXES[1:3],
+        ),
         outputs=queries,
         undivided="error",
     )

@@ -178,7 +178,7 @@ def jobs() -> Iterator[tuple[Any, EngineOptions]]:
             cache_tokens=max(batch * TOKENS.value, CONTEXT.value),
         )  # fmt: skip
         yield ("decode", batch), o
-    yield ("prefill", programs.page_sizes(o)[-1], False), o
+    yield ("prefill", programs.block_counts(o, "tpu")[-1], False), o
 
 
 def main(_) -> None:
