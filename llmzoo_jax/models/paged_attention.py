@@ -210,8 +210,8 @@ def _attention(
         scores = jnp.where(seen[:, None], scores, lowest)
         top = jnp.where(mine[:, :, None, None], scores.max(-1), lowest).max(1)  # [B,K,R]
         new_highest = jnp.maximum(highest, top)
+        # Zero where nothing is seen, since a row's first page has something that all of it see.
         weights = jnp.exp(scores - _rows(new_highest, row)[..., None])
-        weights = jnp.where(seen[:, None], weights, 0.0)
         values = _take(v, page, q.dtype)
         part = jnp.einsum(
             "WKRS,WKSH->WKRH",
