@@ -36,9 +36,9 @@ def block_counts(options: Any, platform: str) -> list[int]:
 
 def begin_sizes(options: Any, platform: str) -> list[int]:
     """How many tokens of a page a first step reads."""
-    return (
-        [] if options.deterministic else sorted({block_size(options, platform), options.page_size})
-    )
+    if options.deterministic:
+        return []
+    return sorted({block_size(options, platform), options.page_size})
 
 
 def most_blocks(options: Any, platform: str, *, scored: bool) -> int:

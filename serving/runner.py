@@ -104,7 +104,7 @@ class Runner:
         # What the host gives with each call goes to every device.
         self._everywhere = None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
         self._sizes = programs.row_sizes(o)
-        self._counts = programs.block_counts(o, self._platform)
+        self._block_counts = programs.block_counts(o, self._platform)
         self._begins = programs.begin_sizes(o, self._platform)
         self._no_extras = {
             B: jax.device_put(steps.no_extras(B, model.config.vocab_size), self._everywhere)
@@ -135,7 +135,7 @@ class Runner:
     def fill(self, todo: Sequence[tuple[Row, int]], scored: bool) -> None:
         """Pages of rows, as many as fit."""
         parts = [(row, n, start) for row, n in todo for start in self._starts(row, n)]
-        R = next(count for count in self._counts if count >= len(parts))
+        R = next(count for count in self._block_counts if count >= len(parts))
         if scored:
             R = programs.most_blocks(self.options, self._platform, scored=True)
         blocks = programs.blocks(self.options, self._platform, R)

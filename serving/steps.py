@@ -1,7 +1,7 @@
 """The programs that an engine runs on the device: prefill pages, decode a window of steps, or
 verify guesses.
 
-They get all they need of their rows with each call, as one small array, and change nothing but the
+They get all they need of their rows with each call, in small arrays, and change nothing but the
 cache and the counts for penalties, in place. Their shapes depend on the number of rows alone, of
 which there are a few sizes, so all are compiled before the first request.
 """

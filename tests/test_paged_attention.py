@@ -32,13 +32,13 @@ def tables(seed, shared=0):
     return mine
 
 
-def view(mine, positions, apart=False, one_page=True):
+def view(mine, positions, apart=False):
     table = np.zeros((B, 8), np.int32)
     for row, pages in zip(table, mine, strict=True):
         row[: len(pages)] = pages
     work = pair_up(mine, lines=20, width=WIDTH, apart=apart)
     arrays = map(jnp.asarray, (np.asarray(positions, np.int32), table, *work))
-    return PageView(*arrays, one_page=one_page)
+    return PageView(*arrays, one_page=True)
 
 
 def filled(mine, k, v, dtype=jnp.float32, block=S):

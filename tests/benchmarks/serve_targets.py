@@ -171,14 +171,14 @@ def flops(name: Any, config: ModelConfig, o: EngineOptions) -> int:
     return 2 * (tokens * weights + logits * head)
 
 
-def jobs() -> Iterator[tuple[Any, EngineOptions]]:
+def jobs(platform: str) -> Iterator[tuple[Any, EngineOptions]]:
     for batch in map(int, BATCH.value):
         o = EngineOptions(
             max_batch=batch, context=CONTEXT.value, kv_dtype=KV_DTYPE.value,
             cache_tokens=max(batch * TOKENS.value, CONTEXT.value),
         )  # fmt: skip
         yield ("decode", batch), o
-    yield ("prefill", programs.block_counts(o, "tpu")[-1], False), o
+    yield ("prefill", programs.block_counts(o, platform)[-1], False), o
 
 
 def main(_) -> None:
@@ -188,7 +188,7 @@ def main(_) -> None:
     chip = targets.CHIPS[TARGET.value.partition(":")[0]]
     about = f"{TARGET.value.partition(':')[0]} x {TENSOR.value}, {FAMILY.value}"
     print("| | " + " | ".join(COLUMNS) + " |\n|---|" + "---:|" * len(COLUMNS))
-    for name, o in jobs():
+    for name, o in jobs(target.devices[0].platform):
         what = f"{about}, {name[0]} {name[1]}"
         try:
             c = compile_one(name, config, o, where, tokens=TOKENS.value, weights=WEIGHTS.value)
