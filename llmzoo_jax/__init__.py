@@ -33,8 +33,9 @@ def load(
     holds the projections in 8 or 4 bits, a half or a quarter of bfloat16. With ``base``, a Hugging
     Face folder, ``path`` has differences to its weights, as Vicuna and Chimera were released, and
     the model is their sum; or it is a PEFT adapter, for that base and not the one it names.
-    ``tensor`` splits the model over so many devices, by heads. Raises InputError where the folder
-    is none of these, or does not hold what it should.
+    ``tensor`` splits the model over so many devices, by heads; 0: over those of a CPU of few cores,
+    if it has one a core. Raises InputError where the folder is none of these, or does not hold what
+    it should.
     """
     from llmzoo_jax.loading import load_model  # here: `import llmzoo_jax` stays without JAX
 

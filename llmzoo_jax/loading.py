@@ -32,8 +32,8 @@ def load_model(
         raise LoadError(f"weights={weights!r}: dtype, {' or '.join(quantised.KINDS)}")
     if dtype not in ("float32", "bfloat16"):
         raise LoadError(f"dtype={dtype!r}: float32 or bfloat16")
-    if tensor < 1:
-        raise LoadError(f"tensor={tensor}: 1 device or more")
+    if tensor < 0:
+        raise LoadError(f"tensor={tensor}: 1 device or more, or 0")
     if not any((path / name).is_file() for name in ("config.json", peft_format.CONFIG)):
         what = "it has no config.json" if path.is_dir() else "no such folder"
         raise LoadError(f"{path}: {what}; give a Hugging Face folder or a run folder")

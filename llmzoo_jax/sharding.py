@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -22,6 +23,7 @@ from llmzoo_jax.config import LlamaConfig, MeshConfig, ModelConfig
 from llmzoo_jax.errors import InputError
 
 AXES = ("replica", "fsdp", "tensor", "sequence")
+FEW_CORES = 4  # a device each: two sums a layer wait for another core, not every operation
 
 # logical axis -> mesh axes. ``replica`` and ``fsdp`` both split the batch; ``fsdp`` splits the
 # parameters and optimiser state as well.
@@ -81,18 +83,35 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def make_cpu_devices(ways: int) -> None:
+    """A CPU is so many devices, or, for 0, one a core where those are few. Before JAX looks for
+    devices; accelerators stay what they are."""
+    jax.config.update("jax_num_cpu_devices", ways or _few_cores())
+
+
+def _few_cores() -> int:
+    """Of this machine; 1 where they are more than few."""
+    cores = os.cpu_count() or 1
+    return cores if cores <= FEW_CORES else 1
+
+
 def tensor_mesh(config: ModelConfig, ways: int) -> Mesh | None:
     """A mesh that splits a model over the first ``ways`` devices of this process, by heads and MLP
-    width; None for one way. Raises ShardingError where they can't be split.
+    width; None for one way. 0 ways: a device for each of a CPU's few cores if the model can be
+    split so, else one way. Raises ShardingError where it can't be split as asked.
 
     Each device has its own key/value heads with the queries that read them, so that attention needs
     no other device. Heads are not copied where they are fewer than devices: every token's keys and
     values would take as much memory on twice as many devices."""
-    if ways == 1:
-        return None
     sizes = {"heads": config.num_heads, "mlp": 4 * config.hidden_size}
     if isinstance(config, LlamaConfig):
         sizes |= {"kv_heads": config.num_kv_heads, "mlp": config.intermediate_size}
+    here = jax.local_devices()
+    if ways == 0:
+        cores = _few_cores() if here[0].platform == "cpu" else 1
+        ways = 1 if cores > len(here) or any(s % cores for s in sizes.values()) else cores
+    if ways == 1:
+        return None
     for axis, size in sizes.items():
         if size % ways:
             good = [n for n in range(1, size + 1) if not any(s % n for s in sizes.values())]
@@ -100,7 +119,6 @@ def tensor_mesh(config: ModelConfig, ways: int) -> Mesh | None:
                 f"tensor={ways} does not divide axis {axis!r} of the model, which has size {size}; "
                 f"choose one of {', '.join(map(str, good))}"
             )
-    here = jax.local_devices()
     if len(here) < ways:
         raise ShardingError(f"tensor={ways}: this process has {len(here)} device(s)")
     return make_mesh(MeshConfig(fsdp=1, tensor=ways), here[:ways])
@@ -109,6 +127,12 @@ def tensor_mesh(config: ModelConfig, ways: int) -> Mesh | None:
 def ways(mesh: Mesh | None) -> int:
     """Over how many devices ``tensor_mesh`` splits a model."""
     return 1 if mesh is None else mesh.shape["tensor"]
+
+
+def one_thread_a_device(mesh: Mesh | None) -> bool:
+    """Whether the devices of a mesh are parts of a CPU that has no two cores for each."""
+    cpu = mesh is not None and mesh.devices.flat[0].platform == "cpu"
+    return cpu and 2 * ways(mesh) > (os.cpu_count() or 1)
 
 
 def use(mesh: Mesh | None) -> contextlib.AbstractContextManager:

@@ -142,6 +142,7 @@ def read_adapter(item: str) -> tuple[str, str]:
 def main(_) -> None:
     http.start_log()
     keys = read_keys(API_KEYS_FILE.value)
+    sharding.make_cpu_devices(TENSOR.value)
     model = llmzoo_jax.load(
         MODEL.value, dtype=DTYPE.value, weights=WEIGHTS.value, base=BASE.value, tensor=TENSOR.value
     )
@@ -182,7 +183,8 @@ def main(_) -> None:
     if UI.value:
         server = with_page(server, options, name)
     where = f"http://{HOST.value}:{PORT.value}/v1"
-    log.info("starting", extra={"facts": {"model": name, "url": where, "context": context}})
+    facts = {"model": name, "url": where, "context": context, "devices": sharding.ways(model.mesh)}
+    log.info("starting", extra={"facts": facts})
 
     def warm_up() -> None:
         with sharding.use(model.mesh):
@@ -213,7 +215,10 @@ if __name__ == "__main__":
         "weights", "dtype", ["dtype", "int8", "nf4"], "Of the projections; int8 and nf4 (4 bits) "
         "take less memory and, on a CPU, more time.",
     )  # fmt: skip
-    TENSOR = flags.DEFINE_integer("tensor", 1, "Split the model over so many devices, by heads.", 1)
+    TENSOR = flags.DEFINE_integer(
+        "tensor", 0, "Split the model over so many devices, by heads. Of a CPU as many are made; "
+        "0: one device, or one a core of a CPU with few cores.", 0,
+    )  # fmt: skip
     SPECULATE = flags.DEFINE_integer(
         "speculate", 0, "Guess so many tokens, while few requests run: the same tokens, faster. "
         "From what was said before, which answers may repeat, or by --draft_model.", 0,

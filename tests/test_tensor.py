@@ -170,5 +170,12 @@ def test_what_can_not_be_split_is_said():
         sharding.tensor_mesh(few, 4)
     with pytest.raises(ShardingError, match="this process has 8 device"):
         sharding.tensor_mesh(dataclasses.replace(bloom, num_heads=32), 16)
-    with pytest.raises(InputError, match="tensor=0"):
-        llmzoo_jax.load("anywhere", tensor=0)
+    with pytest.raises(InputError, match="tensor=-1"):
+        llmzoo_jax.load("anywhere", tensor=-1)
+
+
+@pytest.mark.parametrize(("cores", "heads", "ways"), [(2, 8, 2), (4, 8, 4), (4, 6, 1), (64, 64, 1)])
+def test_a_cpu_of_few_cores_is_a_device_a_core(cores, heads, ways, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    config = dataclasses.replace(CASES["bloom"][0], num_heads=heads)
+    assert sharding.ways(sharding.tensor_mesh(config, 0)) == ways
