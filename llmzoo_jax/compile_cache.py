@@ -11,19 +11,21 @@ from jax.experimental.compilation_cache import compilation_cache
 
 
 @contextlib.contextmanager
-def kept_in(folder: str | Path | None) -> Iterator[None]:
-    """Within it, what takes a second or more to compile is read from ``folder`` or written there;
-    None: it is compiled. A folder that JAX_COMPILATION_CACHE_DIR names is taken instead. A file
-    that can't be read is compiled again, with a warning."""
+def kept_in(folder: str | Path | None, *, least_seconds: float = 1.0) -> Iterator[None]:
+    """Within it, what takes ``least_seconds`` or more to compile is read from ``folder`` or written
+    there; None: it is compiled. A folder that JAX_COMPILATION_CACHE_DIR names is taken instead. A
+    file that can't be read is compiled again, with a warning."""
     before = jax.config.jax_compilation_cache_dir
-    if before is not None:
-        yield
-        return
-    _use(None if folder is None else str(Path(folder).absolute()))
+    least = jax.config.jax_persistent_cache_min_compile_time_secs
+    if before is None:
+        _use(None if folder is None else str(Path(folder).absolute()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", least_seconds)
     try:
         yield
     finally:
-        _use(before)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
+        if before is None:
+            _use(before)
 
 
 def _use(folder: str | None) -> None:

@@ -27,7 +27,7 @@ import uvicorn
 from absl import flags
 
 import llmzoo_jax
-from llmzoo_jax import cli, embeddings, sharding
+from llmzoo_jax import cli, compile_cache, embeddings, sharding
 from llmzoo_jax.errors import InputError
 from serving import http
 from serving.app import Options, Server, make_server
@@ -190,14 +190,15 @@ def main(_) -> None:
         with sharding.use(model.mesh):
             embeddings.warm_up(model.params, context, dtype=model.dtype)
 
-    code = serve(
-        server,
-        engine,
-        host=HOST.value,
-        port=PORT.value,
-        drain_seconds=DRAIN_SECONDS.value,
-        warm_up=warm_up if EMBEDDINGS.value else lambda: None,
-    )
+    with compile_cache.kept_in(COMPILE_CACHE.value or None, least_seconds=0.0):
+        code = serve(
+            server,
+            engine,
+            host=HOST.value,
+            port=PORT.value,
+            drain_seconds=DRAIN_SECONDS.value,
+            warm_up=warm_up if EMBEDDINGS.value else lambda: None,
+        )
     sys.exit(code)
 
 
@@ -267,6 +268,10 @@ if __name__ == "__main__":
     EMBEDDINGS = flags.DEFINE_bool(
         "embeddings", True, "Compile /v1/embeddings at the start, not at its first request."
     )
+    COMPILE_CACHE = flags.DEFINE_string(
+        "compile_cache", "", "Folder of compiled programs: the next start on this machine reads "
+        "them; empty: JAX_COMPILATION_CACHE_DIR, or none.",
+    )  # fmt: skip
     UI = flags.DEFINE_bool("ui", False, "A page to chat, at /ui.")
     LOG_TEXT = flags.DEFINE_bool("log_text", False, "Write prompts and answers into the log, too.")
     cli.run(main)

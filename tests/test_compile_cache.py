@@ -18,15 +18,6 @@ def no_folder_of_the_tests_own():
     compile_cache._use(before)
 
 
-@pytest.fixture
-def keep_everything():
-    """JAX keeps what took a second or more; here all of it."""
-    before = jax.config.jax_persistent_cache_min_compile_time_secs
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    yield
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
-
-
 class Counter(logging.Handler):
     """Counts what JAX says of its cache."""
 
@@ -47,7 +38,7 @@ def compiled_with(folder, scale):
     logger.addHandler(counter)
     logger.setLevel(logging.DEBUG)
     try:
-        with compile_cache.kept_in(folder):
+        with compile_cache.kept_in(folder, least_seconds=0.0):
             result = jax.jit(lambda x: jnp.sin(x) * scale).lower(jnp.ones(3)).compile()(jnp.ones(3))
     finally:
         logger.removeHandler(counter)
@@ -55,7 +46,7 @@ def compiled_with(folder, scale):
     return counter.hits, counter.misses, np.asarray(result)
 
 
-def test_a_program_is_compiled_once_and_gives_the_same_bits(tmp_path, keep_everything):
+def test_a_program_is_compiled_once_and_gives_the_same_bits(tmp_path):
     jax.clear_caches()  # as a new process would begin, here and below
     hits, misses, first = compiled_with(tmp_path, 2.5)
     assert (hits, misses > 0) == (0, True)
@@ -66,7 +57,7 @@ def test_a_program_is_compiled_once_and_gives_the_same_bits(tmp_path, keep_every
     assert compiled_with(tmp_path, 3.5)[1] > 0  # another program
 
 
-def test_a_broken_file_is_compiled_again(tmp_path, keep_everything):
+def test_a_broken_file_is_compiled_again(tmp_path):
     _, _, first = compiled_with(tmp_path, 4.5)
     for path in tmp_path.iterdir():
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])  # cut off by a kill
@@ -77,11 +68,15 @@ def test_a_broken_file_is_compiled_again(tmp_path, keep_everything):
 
 
 def test_a_folder_that_jax_was_told_of_is_taken_and_afterwards_all_is_as_before(tmp_path):
+    least = jax.config.jax_persistent_cache_min_compile_time_secs
     assert jax.config.jax_compilation_cache_dir is None
     with compile_cache.kept_in(None):
         assert jax.config.jax_compilation_cache_dir is None
     with compile_cache.kept_in(tmp_path / "a"):
         assert jax.config.jax_compilation_cache_dir == str(tmp_path / "a")
-        with compile_cache.kept_in(tmp_path / "b"):
+        with compile_cache.kept_in(tmp_path / "b", least_seconds=0.0):
             assert jax.config.jax_compilation_cache_dir == str(tmp_path / "a")
+            assert jax.config.jax_persistent_cache_min_compile_time_secs == 0.0
+        assert jax.config.jax_persistent_cache_min_compile_time_secs == 1.0
     assert jax.config.jax_compilation_cache_dir is None
+    assert jax.config.jax_persistent_cache_min_compile_time_secs == least

@@ -313,7 +313,7 @@ def run_blocks(
         body = jax.checkpoint(body, policy=policy)
     if not isinstance(blocks, tuple):
         return jax.lax.scan(body, x, (blocks, kv_cache))
-    layers = []
+    layers, body = [], jax.jit(body)  # traced once, of whatever layer
     for i, block in enumerate(blocks):
         x, kv = body(
             x, (block, None if kv_cache is None else KVCache(kv_cache.k[i], kv_cache.v[i]))
