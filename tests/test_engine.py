@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from llmzoo_jax import generate as decoding
+from llmzoo_jax import sharding
 from llmzoo_jax.errors import InputError
 from llmzoo_jax.inference import Model
 from serving.engine import Engine, EngineOptions
@@ -29,12 +30,15 @@ OPTIONS = {
     "no shared prefixes": dataclasses.replace(LATE, prefix_cache=False, page_size=4, window=8),
     "speculative": dataclasses.replace(LATE, speculate=3, max_batch=2, cache_tokens=0),
     "deterministic": dataclasses.replace(LATE, deterministic=True, max_batch=3),
+    "two devices": LATE,
 }  # fmt: skip
 
 
-def model_of(case, dtype="float32", stop_ids=()):
-    params = decoding.prepare(_model(case))
-    return Model(case, parity.our_config(case), None, None, params, stop_ids, dtype)
+def model_of(case, dtype="float32", stop_ids=(), *, ways=1):
+    config = parity.our_config(case)
+    mesh = sharding.tensor_mesh(config, ways)
+    params = decoding.prepare(_model(case), mesh)
+    return Model(case, config, None, None, params, stop_ids, dtype, mesh)
 
 
 @functools.cache
@@ -45,7 +49,8 @@ def _model(case):
 @functools.cache
 def engine_of(case, name="small", dtype="float32"):
     """Started once for all tests; it must be idle, and clean, after each."""
-    engine = Engine(model_of(case, dtype), OPTIONS[name])
+    ways = 2 if name == "two devices" else 1
+    engine = Engine(model_of(case, dtype, ways=ways), OPTIONS[name])
     engine.start()
     return engine
 
@@ -165,11 +170,12 @@ def alone(case, seed=0):
     return found
 
 
-QUICK = {(BLOOM, "small"), (LLAMA, "small"), (LLAMA, "deterministic")}
+QUICK = {(BLOOM, "small"), (LLAMA, "small"), (LLAMA, "deterministic"), (LLAMA, "two devices")}
 ENGINES_OF_ALL_KINDS = [
     pytest.param(case, name, marks=() if (case, name) in QUICK else pytest.mark.slow)
     for case in (BLOOM, LLAMA)
     for name in OPTIONS
+    if (case, name) != (BLOOM, "two devices")  # seven heads
 ]
 
 

@@ -85,6 +85,14 @@ def test_log_probabilities_are_those_of_one_device(engines):
     assert [[i for i, _ in x] for x in several] == [[i for i, _ in x] for x in one]
 
 
+def test_logits_of_several_devices_are_the_same_to_the_last_bit(engines):
+    _, _, together = engines
+    asked = [[token % 64 for token in prompt] for prompt in prompts(6, seed=5)]
+    apart = [ask(together, prompt, logprobs=5).logprobs for prompt in asked]
+    answers = [ask(together, prompt, logprobs=5) for prompt in reversed(asked)]
+    assert [answer.logprobs for answer in answers][::-1] == apart
+
+
 def test_an_adapter_is_split_as_what_it_is_added_to(engines, tmp_path):
     family, alone, together = engines
     if not together.options.max_adapters:
