@@ -5,7 +5,7 @@ import random
 import time
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from llmzoo_jax.byte_tokens import byte_alphabet
@@ -115,6 +115,7 @@ def test_stop_strings_never_leak(kind, texts, sizes, where, keep, bytewise):
 
 @settings(max_examples=150, deadline=None)
 @given(st.binary(max_size=30), SIZES)
+@example(b"\xed\xa0", [1])
 def test_bytes_that_are_no_text_read_as_the_tokenizer_reads_them(data, sizes):
     """Whatever the cut: a stream of broken bytes is neither held for ever nor read twice."""
     tokenizer = tiny("bpe")
@@ -123,7 +124,10 @@ def test_bytes_that_are_no_text_read_as_the_tokenizer_reads_them(data, sizes):
     shown = "".join(run(stream, tokens, sizes, whole=False))
     assert shown == data.decode("utf-8", "replace")[: len(shown)]
     assert tokenizer.decode(tokens).startswith(shown)
-    assert len(tokenizer.decode(tokens)) - len(shown) <= 1  # a part of a character at the end
+    # A part of a character at the end: one sign, or two where Python waits for a surrogate's third
+    # byte, since UTF-8 has none of those.
+    surrogate = data[-2:-1] == b"\xed" and 0xA0 <= data[-1] <= 0xBF
+    assert len(tokenizer.decode(tokens)) - len(shown) <= 1 + surrogate
 
 
 @pytest.mark.parametrize("kind", KINDS)
