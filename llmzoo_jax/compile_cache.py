@@ -13,19 +13,20 @@ from jax.experimental.compilation_cache import compilation_cache
 @contextlib.contextmanager
 def kept_in(folder: str | Path | None, *, least_seconds: float = 1.0) -> Iterator[None]:
     """Within it, what takes ``least_seconds`` or more to compile is read from ``folder`` or written
-    there; None: it is compiled. A folder that JAX_COMPILATION_CACHE_DIR names is taken instead. A
-    file that can't be read is compiled again, with a warning."""
-    before = jax.config.jax_compilation_cache_dir
+    there; None: it is compiled. A folder that JAX_COMPILATION_CACHE_DIR names is taken instead, and
+    all else that JAX was told of it. A file that can't be read is compiled again, with a warning.
+    """
+    if jax.config.jax_compilation_cache_dir is not None:
+        yield
+        return
     least = jax.config.jax_persistent_cache_min_compile_time_secs
-    if before is None:
-        _use(None if folder is None else str(Path(folder).absolute()))
+    _use(None if folder is None else str(Path(folder).absolute()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", least_seconds)
     try:
         yield
     finally:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
-        if before is None:
-            _use(before)
+        _use(None)
 
 
 def _use(folder: str | None) -> None:

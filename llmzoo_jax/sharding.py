@@ -106,15 +106,15 @@ def tensor_mesh(config: ModelConfig, ways: int) -> Mesh | None:
     sizes = {"heads": config.num_heads, "mlp": 4 * config.hidden_size}
     if isinstance(config, LlamaConfig):
         sizes |= {"kv_heads": config.num_kv_heads, "mlp": config.intermediate_size}
+    good = [n for n in range(1, min(sizes.values()) + 1) if not any(s % n for s in sizes.values())]
     here = jax.local_devices()
     if ways == 0:
         cores = _few_cores() if here[0].platform == "cpu" else 1
-        ways = 1 if cores > len(here) or any(s % cores for s in sizes.values()) else cores
+        ways = cores if cores <= len(here) and cores in good else 1
     if ways == 1:
         return None
     for axis, size in sizes.items():
         if size % ways:
-            good = [n for n in range(1, size + 1) if not any(s % n for s in sizes.values())]
             raise ShardingError(
                 f"tensor={ways} does not divide axis {axis!r} of the model, which has size {size}; "
                 f"choose one of {', '.join(map(str, good))}"

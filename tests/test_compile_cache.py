@@ -76,7 +76,8 @@ def test_a_folder_that_jax_was_told_of_is_taken_and_afterwards_all_is_as_before(
         assert jax.config.jax_compilation_cache_dir == str(tmp_path / "a")
         with compile_cache.kept_in(tmp_path / "b", least_seconds=0.0):
             assert jax.config.jax_compilation_cache_dir == str(tmp_path / "a")
-            assert jax.config.jax_persistent_cache_min_compile_time_secs == 0.0
-        assert jax.config.jax_persistent_cache_min_compile_time_secs == 1.0
+            assert jax.config.jax_persistent_cache_min_compile_time_secs == 1.0
+    with compile_cache.kept_in(tmp_path / "b", least_seconds=0.0):
+        assert jax.config.jax_persistent_cache_min_compile_time_secs == 0.0
     assert jax.config.jax_compilation_cache_dir is None
     assert jax.config.jax_persistent_cache_min_compile_time_secs == least
