@@ -136,13 +136,12 @@ def test_accelerators_write_what_a_cpu_writes(tokens, starts, one_page, dtype):
     positions = np.array(starts)[:, None] + np.arange(tokens)
     page = np.take_along_axis(table, positions // S, axis=1)
     offset = positions % S
-    old = jax.tree.map(
-        lambda x: jnp.asarray(rng.integers(0, 99, x.shape), x.dtype),
-        (init_pages(14, K, S, H, dtype),),
-    )
-    new = jax.tree.map(
-        lambda x: jnp.asarray(rng.integers(0, 99, (B, K, tokens, *x.shape[3:])), x.dtype), old
-    )
+
+    def some(shape, dtype):
+        return jnp.asarray(rng.integers(0, 99, shape), dtype)
+
+    old = (jax.tree.map(lambda x: some(x.shape, x.dtype), init_pages(14, K, S, H, dtype)),)
+    new = jax.tree.map(lambda x: some((B, K, tokens, *x.shape[3:]), x.dtype), old)
     args = old, new, jnp.asarray(page), jnp.asarray(offset)
     here = paged._write_by_slices(*args, one_page=one_page)
     whole_pages = functools.partial(paged._write_whole_pages, one_page=one_page)

@@ -22,9 +22,10 @@ from llmzoo_jax.sharding import per_device
 
 
 class Pages(NamedTuple):
-    """``values[P,K,S,H]``; where they are int8, ``scale`` is float32 ``[P,K,S]``. bfloat16 is held
-    as its bits, uint16: to change or take a part of a bfloat16 array, XLA's CPU backend makes all
-    of it float32. Page 0 belongs to nobody: rows that are not in use write there."""
+    """``values[P,K,S,H]``; where they are int8, ``scale`` is float32 ``[P,K*S]`` (a TPU would turn
+    all of ``[P,K,S]``, as rows of S fill a quarter of its own). bfloat16 is held as its bits,
+    uint16: to change or take a part of a bfloat16 array, XLA's CPU backend makes all of it float32.
+    Page 0 belongs to nobody: rows that are not in use write there."""
 
     values: jax.Array
     scale: jax.Array | None = None
@@ -62,13 +63,15 @@ def init_pages(
 ) -> Pages:
     """``device``: one, or a sharding."""
     shape = (num_pages, kv_heads, page_size, head_dim)
-    scale = jnp.zeros(shape[:-1], jnp.float32, device=device) if dtype == jnp.int8 else None
     held = jnp.uint16 if dtype == jnp.bfloat16 else dtype
+    scale = None
+    if dtype == jnp.int8:
+        scale = jnp.zeros((num_pages, kv_heads * page_size), jnp.float32, device=device)
     return Pages(jnp.zeros(shape, held, device=device), scale)
 
 
 def _axes_of(pages: Pages) -> Pages:
-    return Pages(AXES, None if pages.scale is None else AXES[:-1])
+    return Pages(AXES, None if pages.scale is None else AXES[:2])
 
 
 def write_pages(
@@ -112,14 +115,19 @@ def _write_by_slices(pages, new, page: jax.Array, offset: jax.Array, *, one_page
     """In place; a CPU runs a scatter slower."""
     B, T = page.shape
     size = T if one_page else 1
+    K, S = pages[0].values.shape[1:3]
+    update = jax.lax.dynamic_update_slice
 
     def put(i, pages):
         row, t = (i, 0) if size == T else (i // T, i % T)
         start = (page[row, t], 0, offset[row, t])
 
         def put_one(old, new):
-            part = jax.lax.dynamic_slice_in_dim(new[row], t, size, axis=1)  # [K,size,..]
-            return jax.lax.dynamic_update_slice(old, part[None], (*start, *[0] * (old.ndim - 3)))
+            part = jax.lax.dynamic_slice_in_dim(new[row], t, size, axis=1)[None]  # [1,K,size,..]
+            if old.ndim > 2:
+                return update(old, part, (*start, 0))
+            whole = jax.lax.dynamic_slice_in_dim(old, start[0], 1).reshape(1, K, S)
+            return update(old, update(whole, part, (0, *start[1:])).reshape(1, K * S), start[:2])
 
         return jax.tree.map(put_one, pages, new)
 
@@ -142,19 +150,22 @@ def _write_rows(pages, new, page: jax.Array, offset: jax.Array):
 def _write_whole_pages(pages, new, page: jax.Array, offset: jax.Array, *, one_page: bool):
     """A scatter of pages with their new tokens: a TPU has no small rows, and would turn the whole
     cache for those."""
-    S, T = pages[0].values.shape[2], page.shape[1]
+    K, S = pages[0].values.shape[1:3]
+    T = page.shape[1]
     if len(page) == 1:  # of one page the compiler makes a slice, and turns the whole cache again
         page, offset = (jnp.concatenate([x, jnp.zeros_like(x)]) for x in (page, offset))
         new = jax.tree.map(lambda x: jnp.concatenate([x, x]), new)
 
-    def put(old, new):  # [P,K,S,..], [B,K,T,..]
+    def put(old, new):  # [P,K,S,H] or [P,K*S], [B,K,T,..]
+        row = (len(page), *old.shape[1:])
         if one_page and T == S:
-            return old.at[page[:, 0]].set(new)
+            return old.at[page[:, 0]].set(new.reshape(row))
         for t in range(T):
             here = jnp.arange(S) == offset[:, t, None]  # [B,S]
-            here = here.reshape(len(page), 1, S, *[1] * (old.ndim - 3))
-            part = jnp.where(here, new[:, :, t : t + 1], old[page[:, t]])
-            old = old.at[page[:, t]].set(part)
+            here = here.reshape(len(page), 1, S, *[1] * (new.ndim - 3))
+            part = old[page[:, t]].reshape(len(page), K, S, *new.shape[3:])
+            part = jnp.where(here, new[:, :, t : t + 1], part)
+            old = old.at[page[:, t]].set(part.reshape(row))
         return old
 
     return jax.tree.map(put, pages, new)
@@ -252,5 +263,5 @@ def _take(pages: Pages, page: jax.Array, dtype: Any) -> jax.Array:
         taken = jax.lax.bitcast_convert_type(taken, jnp.bfloat16)
     if pages.scale is None:
         return taken
-    scale = whole(pages.scale)[..., None]
+    scale = whole(pages.scale).reshape(*taken.shape[:-1], 1)
     return taken.astype(dtype) * scale.astype(dtype)

@@ -106,10 +106,9 @@ def abstract_state(config: ModelConfig, o: EngineOptions, where: Place) -> steps
         kv_dtype=jnp.int8 if o.kv_dtype == "int8" else jnp.dtype(DTYPE), mesh=None,
     )  # fmt: skip
     state = jax.eval_shape(make)
-    shardings = jax.tree.map(
-        lambda x: where.by(x.shape, steps.COUNTS if x.ndim == 2 else AXES[: x.ndim]), state
-    )
-    return where.put(state, shardings)
+    cache = jax.tree.map(lambda x: where.by(x.shape, AXES[: x.ndim]), state.cache)
+    counts = jax.tree.map(lambda x: where.by(x.shape, steps.COUNTS), state[1:])
+    return where.put(state, steps.State(cache, *counts))
 
 
 def compile_one(
