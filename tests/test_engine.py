@@ -30,7 +30,7 @@ OPTIONS = {
     "no shared prefixes": dataclasses.replace(LATE, prefix_cache=False, page_size=4, window=8),
     "speculative": dataclasses.replace(LATE, speculate=3, max_batch=2, cache_tokens=0),
     "deterministic": dataclasses.replace(LATE, deterministic=True, max_batch=3),
-    "two devices": LATE,
+    "two devices": dataclasses.replace(LATE, speculate=3),
 }  # fmt: skip
 
 
