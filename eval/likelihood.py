@@ -106,7 +106,7 @@ def _batch(
     return [Likelihood(float(a), bool(b)) for a, b in zip(sums, greedy, strict=True)]
 
 
-@functools.partial(jax.jit, static_argnames=("dtype",))
+@functools.partial(sharding.jit, static_argnames=("dtype",))
 def _score(params, tokens, rows, positions, targets, *, dtype: str):
     """float32 and bool ``[N]``: log-probabilities of ``targets[N]``, each after the token at
     ``positions[N]`` of ``rows[N]`` of ``tokens[B,T]``, and whether no other token has a higher."""

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from llmzoo_jax import models
+from llmzoo_jax import models, sharding
 
 
 def embed(model: nnx.Module, prompts: Sequence[Sequence[int]], *, dtype: str) -> np.ndarray:
@@ -37,7 +37,7 @@ def _size(length: int) -> int:
     return size
 
 
-@functools.partial(jax.jit, static_argnames=("dtype",))
+@functools.partial(sharding.jit, static_argnames=("dtype",))
 def _embed(model, tokens, length, *, dtype: str) -> jax.Array:
     """``tokens[T]``, padded on the right, of which ``length`` count -> ``[D]``."""
     positions = jnp.arange(tokens.shape[0])

@@ -151,7 +151,7 @@ def _until_stop(row: list[int], stops: np.ndarray) -> list[int]:
 # --- on the device ------------------------------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnames=("slots", "new", "dtype"))
+@functools.partial(sharding.jit, static_argnames=("slots", "new", "dtype"))
 def _prefill(
     model, tokens, lengths, params: Params | None, stops, *, slots: int, new: int, dtype: str
 ) -> DecodeState:
@@ -191,7 +191,7 @@ def _pad_cache(state: DecodeState, *, more: int) -> DecodeState:
     return state._replace(kv_cache=jax.tree.map(pad, state.kv_cache))
 
 
-@functools.partial(jax.jit, static_argnames=("dtype",), donate_argnames=("state",))
+@functools.partial(sharding.jit, static_argnames=("dtype",), donate_argnames=("state",))
 def _decode_window(
     model, state: DecodeState, params: Params | None, stops, *, limit, dtype: str
 ) -> DecodeState:
@@ -226,12 +226,13 @@ def prepare(model: nnx.Module, mesh: Mesh | None = None) -> nnx.Module:
     may be already, it is laid out by their logical axes."""
     if isinstance(model.blocks, tuple):
         return model
-    return lay_out(unstacked(model, shards=sharding.ways(mesh)), mesh)
+    panels = sharding.one_thread_a_device(mesh)
+    return lay_out(unstacked(model, shards=sharding.ways(mesh), panels=panels), mesh)
 
 
-def unstacked(model: nnx.Module, *, shards: int) -> nnx.Module:
+def unstacked(model: nnx.Module, *, shards: int, panels: bool = False) -> nnx.Module:
     """One block a layer, joined for so many devices."""
-    blocks = models.unstack(model.blocks, shards=shards)
+    blocks = models.unstack(model.blocks, shards=shards, panels=panels)
     model = jax.tree.map(lambda x: x, model)  # the same arrays in a new object
     model.blocks = nnx.data(blocks)
     return model
@@ -241,4 +242,6 @@ def lay_out(model: nnx.Module, mesh: Mesh | None) -> nnx.Module:
     """A prepared model on a mesh. Embeddings whose size it does not divide are whole everywhere."""
     if mesh is None:
         return model
+    if model.head is not None:
+        model.head.join(shards=sharding.ways(mesh), panels=sharding.one_thread_a_device(mesh))
     return jax.device_put(model, sharding.tree_shardings(model, mesh, uneven="replicate"))

@@ -223,7 +223,7 @@ class Model:
             raise LoadError(f"{where}: token id {bad[0]}; the model has 0 to {size - 1}")
 
 
-@functools.partial(jax.jit, static_argnames=("dtype",))
+@functools.partial(sharding.jit, static_argnames=("dtype",))
 def _logits(params, tokens, *, dtype: str) -> jax.Array:
     return models.logits(params, tokens, dtype=jnp.dtype(dtype))
 

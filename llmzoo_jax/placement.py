@@ -60,7 +60,7 @@ def read(
     while layers:  # each is let go as it is joined
         layer = layers.pop(0)
         blocks.append(jax.tree.unflatten(structure, [layer.pop(name) for name in names]))
-        blocks[-1].join(sharding.ways(mesh))
+        blocks[-1].join(shards=sharding.ways(mesh), panels=sharding.one_thread_a_device(mesh))
     model = jax.tree.map(lambda x: x, model)
     model.blocks = nnx.data(tuple(blocks))
     model = jax.tree_util.tree_map_with_path(

@@ -7,6 +7,7 @@ A parameter names its logical axes where it is made (``nnx.Param(..., axes=("emb
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 from collections import Counter
@@ -133,6 +134,33 @@ def one_thread_a_device(mesh: Mesh | None) -> bool:
     """Whether the devices of a mesh are parts of a CPU that has no two cores for each."""
     cpu = mesh is not None and mesh.devices.flat[0].platform == "cpu"
     return cpu and 2 * ways(mesh) > (os.cpu_count() or 1)
+
+
+def compiler_options(mesh: Mesh | None) -> dict[str, Any] | None:
+    """For programs of a mesh, or of one device. A CPU's products (YNNPACK's) take in what makes
+    their operands: else a bfloat16 weight is written as float32 first, at every step."""
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    if platform != "cpu":
+        return None
+    options: dict[str, Any] = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT"}
+    if one_thread_a_device(mesh):
+        options["xla_cpu_multi_thread_eigen"] = False
+    return options
+
+
+def jit(function: Callable, **how: Any) -> Callable:
+    """``jax.jit`` with the ``compiler_options`` of the mesh that is set where it is called."""
+
+    @functools.cache
+    def program(mesh: Mesh | None):
+        return jax.jit(function, compiler_options=compiler_options(mesh), **how)
+
+    @functools.wraps(function)
+    def run(*args, **kwargs):
+        mesh = jax.sharding.get_mesh()
+        return program(None if mesh.empty else mesh)(*args, **kwargs)
+
+    return run
 
 
 def use(mesh: Mesh | None) -> contextlib.AbstractContextManager:

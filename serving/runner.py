@@ -103,8 +103,6 @@ class Runner:
         (self._platform,) = {device.platform for device in self._leaves[0].devices()}
         # What the host gives with each call goes to every device.
         self._everywhere = None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
-        alone = sharding.one_thread_a_device(self.mesh)
-        self._compiler_options = {"xla_cpu_multi_thread_eigen": False} if alone else None
         self._sizes = programs.row_sizes(o)
         self._block_counts = programs.block_counts(o, self._platform)
         self._begins = programs.begin_sizes(o, self._platform)
@@ -227,7 +225,7 @@ class Runner:
                     name, self.options, self.config, self._leaves, self.state,
                     platform=self._platform, everywhere=self._everywhere, **self._static,
                 )  # fmt: skip
-                self._programs[name] = lowered.compile(self._compiler_options)
+                self._programs[name] = lowered.compile(sharding.compiler_options(self.mesh))
         return self._programs[name]
 
     def _pair_up(self, tables: Sequence[Sequence[int]], rows: int) -> steps.Work:

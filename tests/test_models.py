@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llmzoo_jax import generate, models
+from llmzoo_jax import generate, models, sharding
 from llmzoo_jax import step as steps
 from llmzoo_jax.config import BloomConfig, ComputeConfig, LlamaConfig, RopeConfig
 from llmzoo_jax.models import attention, layers, packed_attention, splash, triton_attention
@@ -222,16 +222,38 @@ def test_abstract_models_have_the_published_size_and_allocate_nothing(config, si
 # --- products that decode -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("lead", [(3,), (2, 1), (layers.FEW_ROWS + 1,)])
+@pytest.mark.parametrize("lead", [(3,), (2, 1), (1, 1), (layers.FEW_ROWS + 1,)])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_a_product_with_a_weight_in_rows_equals_numpys(lead, dtype):
+@pytest.mark.parametrize("panels", [False, True])
+def test_a_product_with_a_weight_in_rows_or_panels_equals_numpys(lead, dtype, panels):
     keys = jax.random.split(jax.random.key(0))
     x = jax.random.normal(keys[0], (*lead, 8), dtype)
-    w = jax.random.normal(keys[1], (6, 8), dtype)
+    rows = jax.random.normal(keys[1], (96, 8), dtype)
+    w = layers.decoding_weight(rows, ("mlp", "embed"), shards=1, panels=panels)[...]
+    assert w.ndim == (3 if panels and dtype == jnp.float32 else 2)
     y = jax.jit(lambda x, w: layers.matmul_transposed(x, w, out=jnp.float32))(x, w)
     assert y.dtype == jnp.float32 and layers.matmul_transposed(x, w).dtype == dtype
-    want = np.asarray(x, np.float32) @ np.asarray(w, np.float32).T
+    want = np.asarray(x, np.float32) @ np.asarray(rows, np.float32).T
     np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("rows", "shards", "width"), [(256, 2, 64), (192, 2, 32), (96, 2, None)])
+def test_panels_are_as_wide_as_shards_let_them_be(rows, shards, width):
+    w = jnp.arange(rows * 4.0).reshape(rows, 4)
+    weight = layers.decoding_weight(w, ("mlp", "embed"), shards=shards, panels=True)
+    assert weight.shape == ((rows, 4) if width is None else (rows // width, 4, width))
+    assert weight.get_metadata()["axes"] == ("mlp", "embed", None)[: weight[...].ndim]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 16])
+def test_a_cpu_reads_bfloat16_weights_as_they_are(rows):
+    """And holds none of them as float32: see ``sharding.compiler_options``. Not of small ones."""
+    x, w = jnp.zeros((rows, 512), jnp.bfloat16), jnp.zeros((1024, 512), jnp.bfloat16)
+    options = sharding.compiler_options(None) | {"xla_backend_optimization_level": 3}
+    lowered = jax.jit(layers.matmul_transposed).lower(x, w)
+    entry = lowered.compile(compiler_options=options).as_text().partition("\nENTRY")[2]
+    found = set(re.findall(r"\w+\[1024,512\]", entry))
+    assert found == {"bf16[1024,512]"}
 
 
 def test_a_cpu_gets_the_weight_first_and_keeps_it_there():

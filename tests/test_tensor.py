@@ -13,6 +13,7 @@ from llmzoo_jax import hf, lora, peft_format, placement, program, sharding
 from llmzoo_jax.config import LoraConfig
 from llmzoo_jax.errors import InputError
 from llmzoo_jax.inference import Model
+from llmzoo_jax.models import layers
 from llmzoo_jax.sharding import ShardingError
 from serving.engine import Engine
 from tests import parity
@@ -45,8 +46,16 @@ def split(family, ways, *, quantise="none"):
     return Model(family, config, None, None, decoding.prepare(params, mesh), (), "float32", mesh)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def narrow_panels():
+    """So that some weights of these models are in panels, where a machine has few cores."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layers, "PANELS", (4,))
+        yield
+
+
 @pytest.fixture(scope="module", params=CASES)
-def engines(request):
+def engines(request, narrow_panels):
     """(family, engine on one device, engine on several), the same but for that."""
     options = dataclasses.replace(
         SMALL, max_batch=2, prefill_tokens=8, deterministic=True, **OPTIONS[request.param]
@@ -133,10 +142,22 @@ def test_no_device_holds_more_than_its_part(engines):
     runner = together._runner
     pages = jax.tree.leaves(runner.state.cache)
     leaves = sharding.named_leaves(together.model.params)
-    matrices = [x for name, x in leaves.items() if name.startswith("blocks.") and x.ndim == 2]
+    matrices = [x for name, x in leaves.items() if name.startswith("blocks.") and x.ndim >= 2]
     for x in (*pages, *matrices):
         (size,) = {shard.data.size for shard in x.addressable_shards}
         assert x.size == ways * size
+
+
+@pytest.mark.parametrize("family", CASES)
+def test_logits_and_embeddings_are_those_of_one_device(family, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 2)  # so weights are in panels
+    one, several = (split(family, ways) for ways in (1, CASES[family][1]))
+    shapes = {x.ndim for x in jax.tree.leaves(several.params.blocks[0].attention.out.w)}
+    assert shapes == {3}
+    tokens = np.arange(24).reshape(2, 12)
+    np.testing.assert_allclose(several.logits(tokens), one.logits(tokens), atol=1e-4)
+    prompts = [[1, 2, 3], list(range(40))]
+    np.testing.assert_allclose(several.embed(prompts), one.embed(prompts), atol=1e-5)
 
 
 @pytest.mark.parametrize(("family", "quantise"), [("llama", "int8"), ("bloom", "nf4")])

@@ -63,11 +63,11 @@ class Block(nnx.Module):
         self.up = Proj((D,), (F,), axes=("embed", "mlp"), **init)
         self.down = Proj((F,), (D,), axes=("mlp", "embed"), **init)
 
-    def join(self, shards: int):
+    def join(self, *, shards: int, panels: bool):
         """For decoding: see ``layers.Proj.transpose``. Query, key and value are one, head by head,
-        so that each of any ``shards`` has its own."""
+        so that each of any shards has its own."""
         for projection in (self.attention.qkv, self.attention.out, self.up, self.down):
-            projection.transpose()
+            projection.transpose(shards=shards, panels=panels)
 
     def __call__(self, x, kv, mask, positions, key_positions, implementation):
         y = self.norm1(x)

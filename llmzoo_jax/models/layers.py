@@ -54,18 +54,43 @@ matmul.defvjp(lambda x, w: (matmul(x, w), (x, w)), _matmul_backward)
 
 
 FEW_ROWS = 512  # beyond, packing the weight no longer counts, and turning the result does
+PANELS = (64, 32)  # columns of a panel; narrower ones are slower than no panels
+
+
+def decoding_weight(w: jax.Array, axes: tuple[str, str], *, shards: int, panels: bool) -> nnx.Param:
+    """``w[N,K]`` as ``matmul_transposed`` takes it, or in panels, ``[N/P,K,P]``, where these divide
+    each shard. A core reads a panel from memory while it computes with it; rows of ``[N,K]``, of
+    which a product takes five at a time, it reads and computes with in turns. Only of float32: a
+    CPU computes with bfloat16 in another way."""
+    parts = (width for width in PANELS if w.shape[0] % (width * shards) == 0)
+    width = next(parts, None) if panels and w.dtype == jnp.float32 else None
+    if width is None:
+        return nnx.Param(w, axes=axes)
+    return nnx.Param(w.reshape(-1, width, w.shape[1]).swapaxes(1, 2), axes=(*axes, None))
 
 
 def matmul_transposed(x: jax.Array, w: jax.Array, *, out: Any = None) -> jax.Array:
-    """``x[...,K] @ w[N,K].T``, in the dtype ``out``. For few rows a CPU gets the weight as the
-    first operand: XLA packs all of the second one at every call, which takes up to half the time.
+    """``x[...,K] @ w[N,K].T``, in the dtype ``out``; ``w`` may be in panels. For few rows a CPU
+    gets the weight as the first operand: XLA packs all of the second one at every call, which takes
+    up to half the time.
     """
+    if w.ndim == 3:
+        n, K, width = w.shape
+        rows = math.prod(x.shape[:-1])
+        every = jnp.broadcast_to(x.reshape(rows, K), (n, rows, K))
+        dimensions = ((2,), (1,)), ((0,), (0,))
+        y = jax.lax.dot_general(every, w, dimensions, preferred_element_type=out)  # [n,rows,P]
+        y = jax.lax.optimization_barrier(y)  # else XLA turns the product round
+        return y.swapaxes(0, 1).reshape(*x.shape[:-1], n * width)
 
     def plain(x, w):
         dimensions = ((x.ndim - 1,), (1,)), ((), ())
         return jax.lax.dot_general(x, w, dimensions, preferred_element_type=out)
 
     def weight_first(x, w):
+        if x.size == x.shape[-1] and w.dtype == jnp.bfloat16:
+            # One row twice: for one alone XLA makes all of the weight float32.
+            return weight_first(jnp.stack([x, x]), w)[0]
         dimensions = ((1,), (x.ndim - 1,)), ((), ())
         y = jax.lax.dot_general(w, x, dimensions, preferred_element_type=out)  # [N,...]
         # Without the barrier XLA makes of both the product with ``x`` first.
@@ -104,11 +129,11 @@ class Proj(nnx.Module):
         self.lora = None
         self.transposed = False
 
-    def transpose(self) -> None:
-        """For decoding: ``w`` as ``[N,K]``, inputs last, as ``matmul_transposed`` takes it."""
+    def transpose(self, *, shards: int, panels: bool) -> None:
+        """For decoding: ``w`` with inputs last, see ``decoding_weight``."""
         if isinstance(self.w, nnx.Param):
-            size = math.prod(self.outputs)
-            self.w = nnx.Param(self.w[...].reshape(-1, size).T, axes=self.flat_axes[::-1])
+            w = self.w[...].reshape(-1, math.prod(self.outputs)).T
+            self.w = decoding_weight(w, self.flat_axes[::-1], shards=shards, panels=panels)
             self.transposed = True
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -127,12 +152,12 @@ class Proj(nnx.Module):
 
 class Joint(nnx.Module):
     """Projections of one input as a single product, for decoding: a CPU reads one large weight
-    faster than several small ones. ``w[N,K]`` as ``Proj.transpose``. Gives their outputs in order.
+    faster than several small ones. ``w`` is a ``decoding_weight``. Gives their outputs in order.
     The rows of ``w`` are in ``shards`` equal parts, each with its share of every projection, so
     that a device which holds one part computes its own heads from it.
     """
 
-    def __init__(self, *projections: Proj, shards: int):
+    def __init__(self, *projections: Proj, shards: int, panels: bool):
         n = projections[0].num_inputs
         inputs = projections[0].w.shape[:n]
         self.num_inputs = n
@@ -140,7 +165,8 @@ class Joint(nnx.Module):
         self.outputs = tuple(tuple(p.w.shape[n:]) for p in projections)
         K, N = projections[0].flat_axes
         flat = [p.w[...].reshape(math.prod(inputs), -1).T for p in projections]
-        self.w = nnx.Param(by_shard(jnp, flat, shards), axes=(N, K))
+        w = by_shard(jnp, flat, shards)
+        self.w = decoding_weight(w, (N, K), shards=shards, panels=panels)
         self.b = None
         if projections[0].b is not None:
             flat = [p.b[...].ravel() for p in projections]
@@ -181,6 +207,11 @@ class Embedding(nnx.Module):
         table = self.w[...].astype(dtype)
         table = constrain(table, ("vocab", "act_embed"), uneven="replicate")
         return table[tokens]  # [B,T,D]
+
+    def join(self, *, shards: int, panels: bool) -> None:
+        """For decoding, where the table is not looked up: see ``decoding_weight``."""
+        w = self.w[...]
+        self.w = decoding_weight(w, ("vocab", "embed"), shards=shards, panels=panels)
 
     def logits(self, x: jax.Array) -> jax.Array:
         """``[..., D] -> float32 [..., V]``; products in the dtype of ``x``, sums in float32."""
@@ -268,13 +299,14 @@ def stack(make_block: Callable[[nnx.Rngs], nnx.Module], num_layers: int, rngs: n
     return jax.vmap(lambda key: make_block(nnx.Rngs(params=key)))(keys)
 
 
-def unstack(blocks: nnx.Module, *, shards: int) -> tuple[nnx.Module, ...]:
-    """Stacked blocks -> one block a layer, joined (see ``Joint``). Decoding is faster so: a scan
-    copies each layer's cache, and on a CPU its weights, out of the stack at every step."""
+def unstack(blocks: nnx.Module, *, shards: int, panels: bool) -> tuple[nnx.Module, ...]:
+    """Stacked blocks -> one block a layer, joined (see ``Joint``, ``decoding_weight``). Decoding is
+    faster so: a scan copies each layer's cache, and on a CPU its weights, out of the stack at every
+    step."""
     num_layers = jax.tree.leaves(blocks)[0].shape[0]
     layers = tuple(jax.tree.map(lambda x, i=i: x[i], blocks) for i in range(num_layers))
     for block in layers:
-        block.join(shards)
+        block.join(shards=shards, panels=panels)
     return layers
 
 

@@ -28,12 +28,12 @@ class Attention(nnx.Module):
 
         self.qkv = None
 
-    def join(self, shards: int):
+    def join(self, *, shards: int, panels: bool):
         if not isinstance(self.q.w, nnx.Param):
             return
-        self.qkv = nnx.data(Joint(self.q, self.k, self.v, shards=shards))
+        self.qkv = nnx.data(Joint(self.q, self.k, self.v, shards=shards, panels=panels))
         del self.q, self.k, self.v
-        self.out.transpose()
+        self.out.transpose(shards=shards, panels=panels)
 
     def __call__(self, x, kv, mask, positions, rope, implementation):
         q, k, v = self.qkv(x) if self.qkv else (self.q(x), self.k(x), self.v(x))
@@ -59,15 +59,15 @@ class Block(nnx.Module):
 
         self.gate_up = None
 
-    def join(self, shards: int):
+    def join(self, *, shards: int, panels: bool):
         """For decoding: see ``layers.Joint`` and ``layers.Proj.transpose``. Quantised weights stay
         as they are."""
-        self.attention.join(shards)
+        self.attention.join(shards=shards, panels=panels)
         if not isinstance(self.gate.w, nnx.Param):
             return
-        self.gate_up = nnx.data(Joint(self.gate, self.up, shards=shards))
+        self.gate_up = nnx.data(Joint(self.gate, self.up, shards=shards, panels=panels))
         del self.gate, self.up
-        self.down.transpose()
+        self.down.transpose(shards=shards, panels=panels)
 
     def __call__(self, x, kv, mask, positions, rope, implementation):
         y, kv = self.attention(self.norm1(x), kv, mask, positions, rope, implementation)
