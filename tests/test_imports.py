@@ -83,10 +83,11 @@ MAY_IMPORT = {
     "llmzoo_jax.models.splash": {*BELOW_MODELS, "llmzoo_jax.models.packed_attention"},
     "llmzoo_jax.models.triton_attention": {"llmzoo_jax.models.packed_attention"},
     "llmzoo_jax.models.attention": {*BELOW_MODELS, *KERNELS},
-    "llmzoo_jax.models.layers": {*BELOW_MODELS, *ATTENTION},
+    "llmzoo_jax.models.layers": {*BELOW_MODELS, *ATTENTION, "llmzoo_jax.models.panels"},
     "llmzoo_jax.models.low_precision": {"llmzoo_jax.models.layers"},
     "llmzoo_jax.models.bloom": FAMILY,
     "llmzoo_jax.models.llama": FAMILY,
+    "llmzoo_jax.models.panels": set(),
     "llmzoo_jax.models.quantised": BELOW_MODELS,
     "llmzoo_jax.lora": MODELS,
     "llmzoo_jax.step": {

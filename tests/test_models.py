@@ -13,6 +13,7 @@ from llmzoo_jax import generate, models, sharding
 from llmzoo_jax import step as steps
 from llmzoo_jax.config import BloomConfig, ComputeConfig, LlamaConfig, RopeConfig
 from llmzoo_jax.models import attention, layers, packed_attention, splash, triton_attention
+from llmzoo_jax.models.panels import Panels
 from llmzoo_jax.packing import Batch
 from tests import parity
 
@@ -228,21 +229,28 @@ def test_abstract_models_have_the_published_size_and_allocate_nothing(config, si
 def test_a_product_with_a_weight_in_rows_or_panels_equals_numpys(lead, dtype, panels):
     keys = jax.random.split(jax.random.key(0))
     x = jax.random.normal(keys[0], (*lead, 8), dtype)
-    rows = jax.random.normal(keys[1], (96, 8), dtype)
-    w = layers.decoding_weight(rows, ("mlp", "embed"), shards=1, panels=panels)[...]
-    assert w.ndim == (3 if panels and dtype == jnp.float32 else 2)
-    y = jax.jit(lambda x, w: layers.matmul_transposed(x, w, out=jnp.float32))(x, w)
-    assert y.dtype == jnp.float32 and layers.matmul_transposed(x, w).dtype == dtype
+    rows = jax.random.normal(keys[1], (126, 8), dtype)
+    w = layers.decoding_weight(rows, ("mlp", "embed"), shards=1, panels=panels)
+    assert isinstance(w, Panels) == (panels and dtype == jnp.float32)
+    y = jax.jit(lambda x, w: layers.decoding_product(x, w, out=jnp.float32))(x, w)
+    assert y.dtype == jnp.float32 and layers.decoding_product(x, w).dtype == dtype
     want = np.asarray(x, np.float32) @ np.asarray(rows, np.float32).T
     np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("rows", "shards", "width"), [(256, 2, 64), (192, 2, 32), (96, 2, None)])
-def test_panels_are_as_wide_as_shards_let_them_be(rows, shards, width):
+@pytest.mark.parametrize(
+    ("rows", "shards", "panels"),
+    [(256, 2, 4), (250, 2, 4), (1376 * 2, 2, 44), (192, 2, 0), (257, 2, 0)],
+)
+def test_panels_are_those_of_shards_and_little_is_padded(rows, shards, panels):
     w = jnp.arange(rows * 4.0).reshape(rows, 4)
     weight = layers.decoding_weight(w, ("mlp", "embed"), shards=shards, panels=True)
-    assert weight.shape == ((rows, 4) if width is None else (rows // width, 4, width))
-    assert weight.get_metadata()["axes"] == ("mlp", "embed", None)[: weight[...].ndim]
+    if not panels:
+        assert weight.shape == w.shape
+        return
+    assert weight.values.shape == (panels, 4, 64)
+    assert weight.values.get_metadata()["axes"] == ("mlp", "embed", None)
+    np.testing.assert_array_equal(weight.matmul(jnp.eye(4)), w.T)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 16])

@@ -13,7 +13,7 @@ from llmzoo_jax import hf, lora, peft_format, placement, program, sharding
 from llmzoo_jax.config import LoraConfig
 from llmzoo_jax.errors import InputError
 from llmzoo_jax.inference import Model
-from llmzoo_jax.models import layers
+from llmzoo_jax.models import panels
 from llmzoo_jax.sharding import ShardingError
 from serving.engine import Engine
 from tests import parity
@@ -50,7 +50,7 @@ def split(family, ways, *, quantise="none"):
 def narrow_panels():
     """So that some weights of these models are in panels, where a machine has few cores."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layers, "PANELS", (4,))
+        patch.setattr(panels, "WIDTH", 4)
         yield
 
 

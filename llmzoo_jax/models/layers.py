@@ -26,6 +26,7 @@ from jax.ad_checkpoint import checkpoint_name
 from llmzoo_jax.config import RopeConfig
 from llmzoo_jax.models.attention import KVCache
 from llmzoo_jax.models.packed_attention import SAVED
+from llmzoo_jax.models.panels import Panels, fit
 from llmzoo_jax.sharding import constrain
 
 
@@ -54,34 +55,12 @@ matmul.defvjp(lambda x, w: (matmul(x, w), (x, w)), _matmul_backward)
 
 
 FEW_ROWS = 512  # beyond, packing the weight no longer counts, and turning the result does
-PANELS = (64, 32)  # columns of a panel; narrower ones are slower than no panels
-
-
-def decoding_weight(w: jax.Array, axes: tuple[str, str], *, shards: int, panels: bool) -> nnx.Param:
-    """``w[N,K]`` as ``matmul_transposed`` takes it, or in panels, ``[N/P,K,P]``, where these divide
-    each shard. A core reads a panel from memory while it computes with it; rows of ``[N,K]``, of
-    which a product takes five at a time, it reads and computes with in turns. Only of float32: a
-    CPU computes with bfloat16 in another way."""
-    parts = (width for width in PANELS if w.shape[0] % (width * shards) == 0)
-    width = next(parts, None) if panels and w.dtype == jnp.float32 else None
-    if width is None:
-        return nnx.Param(w, axes=axes)
-    return nnx.Param(w.reshape(-1, width, w.shape[1]).swapaxes(1, 2), axes=(*axes, None))
 
 
 def matmul_transposed(x: jax.Array, w: jax.Array, *, out: Any = None) -> jax.Array:
-    """``x[...,K] @ w[N,K].T``, in the dtype ``out``; ``w`` may be in panels. For few rows a CPU
-    gets the weight as the first operand: XLA packs all of the second one at every call, which takes
-    up to half the time.
+    """``x[...,K] @ w[N,K].T``, in the dtype ``out``. For few rows a CPU gets the weight as the
+    first operand: XLA packs all of the second one at every call, which takes up to half the time.
     """
-    if w.ndim == 3:
-        n, K, width = w.shape
-        rows = math.prod(x.shape[:-1])
-        every = jnp.broadcast_to(x.reshape(rows, K), (n, rows, K))
-        dimensions = ((2,), (1,)), ((0,), (0,))
-        y = jax.lax.dot_general(every, w, dimensions, preferred_element_type=out)  # [n,rows,P]
-        y = jax.lax.optimization_barrier(y)  # else XLA turns the product round
-        return y.swapaxes(0, 1).reshape(*x.shape[:-1], n * width)
 
     def plain(x, w):
         dimensions = ((x.ndim - 1,), (1,)), ((), ())
@@ -99,6 +78,22 @@ def matmul_transposed(x: jax.Array, w: jax.Array, *, out: Any = None) -> jax.Arr
     if math.prod(x.shape[:-1]) > FEW_ROWS:
         return plain(x, w)
     return jax.lax.platform_dependent(x, w, cpu=weight_first, default=plain)
+
+
+def decoding_weight(
+    w: jax.Array, axes: tuple[str, str], *, shards: int, panels: bool
+) -> nnx.Param | Panels:
+    """``w[N,K]`` as ``decoding_product`` takes it; N is in ``shards`` equal parts."""
+    if panels and fit(w, shards):
+        return Panels(w, axes, shards=shards)
+    return nnx.Param(w, axes=axes)
+
+
+def decoding_product(x: jax.Array, w: nnx.Param | Panels, *, out: Any = None) -> jax.Array:
+    """``x[...,K] -> [...,N]``, in the dtype ``out``."""
+    if isinstance(w, Panels):
+        return w.matmul(x, out=out)
+    return matmul_transposed(x, w[...].astype(x.dtype), out=out)
 
 
 class Proj(nnx.Module):
@@ -133,13 +128,14 @@ class Proj(nnx.Module):
         """For decoding: ``w`` with inputs last, see ``decoding_weight``."""
         if isinstance(self.w, nnx.Param):
             w = self.w[...].reshape(-1, math.prod(self.outputs)).T
-            self.w = decoding_weight(w, self.flat_axes[::-1], shards=shards, panels=panels)
+            w = decoding_weight(w, self.flat_axes[::-1], shards=shards, panels=panels)
+            self.w = nnx.data(w)
             self.transposed = True
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = x.reshape(*x.shape[: x.ndim - self.num_inputs], -1)
         if self.transposed:
-            y = matmul_transposed(x, self.w[...].astype(x.dtype))
+            y = decoding_product(x, self.w)
         elif isinstance(self.w, nnx.Param):
             y = matmul(x, self.w[...].astype(x.dtype).reshape(x.shape[-1], -1))
         else:
@@ -166,7 +162,7 @@ class Joint(nnx.Module):
         K, N = projections[0].flat_axes
         flat = [p.w[...].reshape(math.prod(inputs), -1).T for p in projections]
         w = by_shard(jnp, flat, shards)
-        self.w = decoding_weight(w, (N, K), shards=shards, panels=panels)
+        self.w = nnx.data(decoding_weight(w, (N, K), shards=shards, panels=panels))
         self.b = None
         if projections[0].b is not None:
             flat = [p.b[...].ravel() for p in projections]
@@ -175,7 +171,7 @@ class Joint(nnx.Module):
 
     def __call__(self, x: jax.Array) -> list[jax.Array]:
         x = x.reshape(*x.shape[: x.ndim - self.num_inputs], -1)
-        y = matmul_transposed(x, self.w[...].astype(x.dtype))
+        y = decoding_product(x, self.w)
         if self.lora is not None:
             y = y + self.lora(x)
         if self.b is not None:
@@ -210,12 +206,12 @@ class Embedding(nnx.Module):
 
     def join(self, *, shards: int, panels: bool) -> None:
         """For decoding, where the table is not looked up: see ``decoding_weight``."""
-        w = self.w[...]
-        self.w = decoding_weight(w, ("vocab", "embed"), shards=shards, panels=panels)
+        w = decoding_weight(self.w[...], ("vocab", "embed"), shards=shards, panels=panels)
+        self.w = nnx.data(w)
 
     def logits(self, x: jax.Array) -> jax.Array:
         """``[..., D] -> float32 [..., V]``; products in the dtype of ``x``, sums in float32."""
-        return matmul_transposed(x, self.w[...].astype(x.dtype), out=jnp.float32)
+        return decoding_product(x, self.w, out=jnp.float32)
 
 
 class LayerNorm(nnx.Module):
