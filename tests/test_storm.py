@@ -5,6 +5,7 @@ import http.client
 import json
 import random
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -96,14 +97,15 @@ def storm(server, count):
             assert misbehave(server, rng), number
             return
         seed = rng.randrange(SEEDS)
-        text = text_of(server, seed, **({"stream": True} if rng.random() < 0.5 else {}))
-        refused.append(text is None)
-        assert text in (None, alone[seed]), number
+        how = {"stream": True} if rng.random() < 0.5 else {}
+        while (text := text_of(server, seed, **how)) is None:  # comes again, so each is served
+            refused.append(number)
+            time.sleep(0.02)
+        assert text == alone[seed], number
 
     with ThreadPoolExecutor(24) as pool:
         list(pool.map(one, range(count)))
-    assert not all(refused)
-    assert any(refused) or count < 1000  # the queue was full, too
+    assert refused or count < 1000  # the queue was full, too
     until(lambda: server.engine.stats().running + server.engine.stats().waiting == 0)
     stats = server.engine.stats()
     assert stats.pages_used == 0
