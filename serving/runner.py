@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from llmzoo_jax import lora, sharding
+from llmzoo_jax import compile_cache, lora, sharding
 from llmzoo_jax.errors import InputError
 from llmzoo_jax.inference import Model
 from serving import adapters, programs, steps
@@ -100,7 +101,9 @@ class Runner:
             )  # fmt: skip
         self._leaves, treedef = jax.tree.flatten(params)
         self._static = {"treedef": treedef, "dtype": model.dtype}
-        (self._platform,) = {device.platform for device in self._leaves[0].devices()}
+        mesh = self.mesh
+        self._devices = list(self._leaves[0].devices() if mesh is None else mesh.devices.flat)
+        self._platform = self._devices[0].platform
         # What the host gives with each call goes to every device.
         self._everywhere = None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
         self._sizes = programs.row_sizes(o)
@@ -113,6 +116,10 @@ class Runner:
         self._programs: dict[Any, Any] = {}  # by kind and size
         self._kv_dtype = jnp.int8 if o.kv_dtype == "int8" else jnp.dtype(model.dtype)
         self.reset()
+        arrays = jax.tree.leaves((self._leaves, self.state))
+        shapes = [(x.aval, x.weak_type, x.format) for x in arrays]
+        here = compile_cache.sources(Path(__file__).parent)
+        self._key = (here, o, self.config, self._static, shapes)  # all that decides a program
 
     def fits(self, todo: Sequence[tuple[Row, int]], *, scored: bool) -> bool:
         """Whether one call of ``fill`` takes these pages."""
@@ -220,12 +227,20 @@ class Runner:
 
     def _program(self, *name: Any) -> Any:
         if name not in self._programs:
-            with sharding.use(self.mesh):
-                lowered = programs.lower(
-                    name, self.options, self.config, self._leaves, self.state,
-                    platform=self._platform, everywhere=self._everywhere, **self._static,
-                )  # fmt: skip
-                self._programs[name] = lowered.compile(sharding.compiler_options(self.mesh))
+
+            def lower() -> jax.stages.Lowered:
+                with sharding.use(self.mesh):
+                    return programs.lower(
+                        name, self.options, self.config, self._leaves, self.state,
+                        platform=self._platform, everywhere=self._everywhere, **self._static,
+                    )  # fmt: skip
+
+            self._programs[name] = compile_cache.program(
+                lower,
+                key=(name, self._key),
+                devices=self._devices,
+                options=sharding.compiler_options(self.mesh),
+            )
         return self._programs[name]
 
     def _pair_up(self, tables: Sequence[Sequence[int]], rows: int) -> steps.Work:

@@ -1,6 +1,8 @@
 """A program is compiled once, and read after that, even where what was kept is broken."""
 
+import functools
 import logging
+import os
 
 import jax
 import jax.numpy as jnp
@@ -81,3 +83,99 @@ def test_a_folder_that_jax_was_told_of_is_taken_and_afterwards_all_is_as_before(
         assert jax.config.jax_persistent_cache_min_compile_time_secs == 0.0
     assert jax.config.jax_compilation_cache_dir is None
     assert jax.config.jax_persistent_cache_min_compile_time_secs == least
+
+
+# --- whole programs -----------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def step(state, x):
+    return {"sum": state["sum"] + x, "last": x}
+
+
+def start(*, key="a", options=None, device=0):
+    """(whether it was traced, what it gives), as in a new process."""
+    jax.clear_caches()
+    here = jax.devices()[device]
+    shape = jax.ShapeDtypeStruct((3,), np.float32, sharding=jax.sharding.SingleDeviceSharding(here))
+    traced = []
+
+    def lower():
+        traced.append(True)
+        return step.lower({"sum": shape}, shape)
+
+    program = compile_cache.program(lower, key=key, devices=[here], options=options)
+    state = {"sum": jax.device_put(np.float32([1, 2, 3]), here)}
+    out = program(state, jax.device_put(np.float32([0.5, 0, 1]), here))
+    assert state["sum"].is_deleted()  # it was donated
+    assert out["sum"].devices() == {here}
+    return bool(traced), {name: x.tolist() for name, x in out.items()}
+
+
+RESULT = {"sum": [1.5, 2, 4], "last": [0.5, 0, 1]}
+
+
+def test_a_program_that_is_there_is_not_traced(tmp_path):
+    for _ in range(2):
+        assert start() == (True, RESULT)  # no folder
+    with compile_cache.kept_in(tmp_path, least_seconds=0.0):
+        assert start() == (True, RESULT)
+        assert start() == (False, RESULT)
+        assert start(device=1) == (True, RESULT)
+        assert start(device=1) == (False, RESULT)
+
+
+def test_what_decides_a_program_makes_another(tmp_path, monkeypatch):
+    with compile_cache.kept_in(tmp_path, least_seconds=0.0):
+        assert start()[0]
+        assert start(key=("a", 1))[0]
+        assert start(options={"xla_cpu_multi_thread_eigen": False})[0]
+        with monkeypatch.context() as settings:
+            settings.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"] + " ")
+            assert start()[0]
+        jax.config.update("jax_default_matmul_precision", "highest")
+        try:
+            assert start()[0]
+        finally:
+            jax.config.update("jax_default_matmul_precision", None)
+        monkeypatch.setattr(compile_cache, "_versions", lambda: "newer")
+        assert start()[0]
+        monkeypatch.undo()
+        assert not start()[0]
+
+
+def test_a_change_of_a_source_is_seen(tmp_path):
+    def checksum():
+        compile_cache.sources.cache_clear()
+        return compile_cache.sources(tmp_path)
+
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / "a.py").write_text("x = 1\n")
+    before = checksum()
+    (tmp_path / "notes.txt").write_text("x")
+    assert checksum() == before
+    (tmp_path / "below" / "a.py").write_text("x = 2\n")
+    assert checksum() != before
+    (tmp_path / "below" / "a.py").rename(tmp_path / "a.py")
+    (tmp_path / "a.py").write_text("x = 1\n")
+    assert checksum() != before
+
+
+@pytest.mark.parametrize("damage", [lambda whole: whole[: len(whole) // 2], lambda whole: b"what?"])
+def test_a_damaged_program_is_named_and_made_again(damage, tmp_path, caplog):
+    with compile_cache.kept_in(tmp_path, least_seconds=0.0):
+        start()
+        (path,) = (tmp_path / "programs").iterdir()
+        path.write_bytes(damage(path.read_bytes()))
+        assert start() == (True, RESULT)
+        assert str(path) in caplog.text
+        assert start() == (False, RESULT)
+        assert list(path.parent.iterdir()) == [path]
+
+
+def test_where_nothing_can_be_written_it_still_starts(tmp_path, caplog):
+    (tmp_path / "programs").write_text("in the way")
+    with compile_cache.kept_in(tmp_path, least_seconds=0.0):
+        assert start() == (True, RESULT)
+        assert str(tmp_path / "programs") in caplog.text
+        assert start() == (True, RESULT)

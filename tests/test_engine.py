@@ -7,6 +7,7 @@ import random
 import threading
 import time
 
+import jax
 import numpy as np
 import pytest
 
@@ -324,6 +325,31 @@ def test_bias_min_tokens_stop_ids_and_loops():
     assert len(later.tokens) >= 8
     looping = ask(engine, prompt, logit_bias={7: 100.0}, repetition_stop=4)
     assert (looping.tokens, looping.reason) == ([7] * 4, "repetition")
+
+
+@pytest.mark.parametrize(
+    ("case", "name"), [(BLOOM, "small"), (BLOOM, "speculative"), (LLAMA, "two devices")]
+)
+def test_an_engine_that_starts_again_traces_nothing_and_says_the_same(case, name, monkeypatch):
+    assert jax.config.jax_compilation_cache_dir  # so programs are kept
+
+    def said():
+        ways = 2 if name == "two devices" else 1
+        engine = Engine(model_of(case, ways=ways), OPTIONS[name])
+        engine.start()
+        prompts = [[5, 6, 7], list(range(40)), [5, 6, 7] * 9]
+        greedy = [ask(engine, prompt).tokens for prompt in prompts]
+        drawn = [ask(engine, prompt, temperature=1.0, seed=3).tokens for prompt in prompts]
+        engine.close()
+        return greedy, drawn
+
+    first = said()
+
+    def lower(*_, **__):
+        raise AssertionError("it was traced")
+
+    monkeypatch.setattr("serving.programs.lower", lower)
+    assert said() == first
 
 
 def test_a_grammar_masks_every_step():
