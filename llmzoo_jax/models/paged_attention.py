@@ -52,6 +52,7 @@ class PageView:
 
 
 AXES = (None, "kv_heads", None, None)  # of pages; the devices of a mesh have them by heads
+FEW = 16  # pages
 
 
 def _view_axes(view: PageView) -> PageView:
@@ -249,11 +250,21 @@ def _rows(x: jax.Array, row: jax.Array) -> jax.Array:
 
 def _take(pages: Pages, page: jax.Array, dtype: Any) -> jax.Array:
     """``[W,K,S,H]``. As rows of two axes, which a CPU gathers twice as fast as those of four; a TPU
-    lays those out in another way, and so would copy the whole cache."""
+    lays those out in another way, and so would copy the whole cache. A few pages it copies one by
+    one: a gather it splits over its threads, each of which may be a device that waits for another.
+    """
 
     def flat(values):
-        taken = values.reshape(len(values), -1).at[page].get(mode="promise_in_bounds")
-        return taken.reshape(len(page), *values.shape[1:])
+        shape = (len(page), *values.shape[1:])
+        if len(page) > FEW:
+            taken = values.reshape(len(values), -1).at[page].get(mode="promise_in_bounds")
+            return taken.reshape(shape)
+
+        def put(i, taken):
+            one = jax.lax.dynamic_slice_in_dim(values, page[i], 1)
+            return jax.lax.dynamic_update_slice_in_dim(taken, one, i, 0)
+
+        return jax.lax.fori_loop(0, len(page), put, jnp.zeros(shape, values.dtype))
 
     def whole(values):
         return values.at[page].get(mode="promise_in_bounds")
