@@ -32,11 +32,11 @@ def tables(seed, shared=0):
     return mine
 
 
-def view(mine, positions, apart=False):
+def view(mine, positions, apart=False, width=WIDTH):
     table = np.zeros((B, 8), np.int32)
     for row, pages in zip(table, mine, strict=True):
         row[: len(pages)] = pages
-    work = pair_up(mine, lines=20, width=WIDTH, apart=apart)
+    work = pair_up(mine, lines=20, width=width, apart=apart)
     arrays = map(jnp.asarray, (np.asarray(positions, np.int32), table, *work))
     return PageView(*arrays, one_page=True)
 
@@ -66,8 +66,9 @@ def filled(mine, k, v, dtype=jnp.float32, block=S):
 
 @pytest.mark.parametrize("slopes", [None, "alibi"])
 @pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("width", [WIDTH, paged.FEW + 1])  # of a turn: a CPU takes few another way
 @pytest.mark.parametrize("seed", [0, 1])
-def test_one_query_a_row_gives_what_all_scores_give(seed, apart, slopes):
+def test_one_query_a_row_gives_what_all_scores_give(seed, width, apart, slopes):
     k, v = rows(seed)
     k[3, :, :8], v[3, :, :8] = k[2, :, :8], v[2, :, :8]
     mine = tables(seed, shared=2)
@@ -76,7 +77,7 @@ def test_one_query_a_row_gives_what_all_scores_give(seed, apart, slopes):
     positions = np.array(LENGTHS)[:, None] - 1
     if slopes:
         slopes = jnp.asarray(attention.alibi_slopes(K * G), jnp.float32).reshape(K, G)
-    got = compiled(q, *caches, view(mine, positions, apart), slopes=slopes)
+    got = compiled(q, *caches, view(mine, positions, apart, width), slopes=slopes)
     keys = np.broadcast_to(np.arange(max(LENGTHS)), (B, max(LENGTHS)))
     want = plain_attention(q, k, v, cache_mask(positions), slopes=slopes, positions=keys)
     np.testing.assert_allclose(got, want, atol=2e-6)
