@@ -209,7 +209,7 @@ def _attention(
         highest, total, y = running  # [B,K,R], [B,K,R], [B,K,R,H]
         row, page, index = (x[i] for x in (view.rows, view.pages, view.indices))  # [W]
         mine = row == jnp.arange(B)[:, None]  # [B,W]
-        keys = _take(k, page, q.dtype)  # [W,K,S,H]
+        keys = _take(k, page, q.dtype, T)  # [W,K,S,H]
         scores = jnp.einsum(
             "WKRH,WKSH->WKRS", _rows(q, row), keys, preferred_element_type=jnp.float32
         )
@@ -224,7 +224,7 @@ def _attention(
         new_highest = jnp.maximum(highest, top)
         # Zero where nothing is seen, since a row's first page has something that all of it see.
         weights = jnp.exp(scores - _rows(new_highest, row)[..., None])
-        values = _take(v, page, q.dtype)
+        values = _take(v, page, q.dtype, T)
         part = jnp.einsum(
             "WKRS,WKSH->WKRH",
             weights.astype(values.dtype),
@@ -248,15 +248,16 @@ def _rows(x: jax.Array, row: jax.Array) -> jax.Array:
     return x.at[row].get(mode="clip")
 
 
-def _take(pages: Pages, page: jax.Array, dtype: Any) -> jax.Array:
+def _take(pages: Pages, page: jax.Array, dtype: Any, queries: int) -> jax.Array:
     """``[W,K,S,H]``. As rows of two axes, which a CPU gathers twice as fast as those of four; a TPU
-    lays those out in another way, and so would copy the whole cache. A few pages it copies one by
-    one: a gather it splits over its threads, each of which may be a device that waits for another.
+    lays those out in another way, and so would copy the whole cache. For many queries a CPU copies
+    a few pages one by one: it would split a gather over threads, which are other devices', too, and
+    wait.
     """
 
     def flat(values):
         shape = (len(page), *values.shape[1:])
-        if len(page) > FEW:
+        if queries == 1 or len(page) > FEW:
             taken = values.reshape(len(values), -1).at[page].get(mode="promise_in_bounds")
             return taken.reshape(shape)
 
