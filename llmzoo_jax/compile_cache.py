@@ -84,6 +84,8 @@ def program(
         part.replace(path)
     except (OSError, NotImplementedError, ValueError, jax.errors.JaxRuntimeError) as error:
         log.warning("a program can't be kept in %s for the next start: %r", path.parent, error)
+        if part.is_file():  # of a disk that is full
+            part.unlink()
     return compiled
 
 

@@ -220,10 +220,10 @@ class JsonLines(logging.Formatter):
 
 
 def start_log() -> None:
-    """One line of JSON a record on standard error, uvicorn's too."""
+    """One line of JSON a record on standard error, the library's and uvicorn's too."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
-    for name in ("serving", "uvicorn"):
+    for name in ("serving", "llmzoo_jax", "uvicorn"):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(logging.INFO if name == "serving" else logging.WARNING)

@@ -101,8 +101,8 @@ class Runner:
             )  # fmt: skip
         self._leaves, treedef = jax.tree.flatten(params)
         self._static = {"treedef": treedef, "dtype": model.dtype}
-        mesh = self.mesh
-        self._devices = list(self._leaves[0].devices() if mesh is None else mesh.devices.flat)
+        devices = self._leaves[0].devices() if self.mesh is None else self.mesh.devices.flat
+        self._devices = list(devices)
         self._platform = self._devices[0].platform
         # What the host gives with each call goes to every device.
         self._everywhere = None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())

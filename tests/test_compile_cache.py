@@ -179,3 +179,16 @@ def test_where_nothing_can_be_written_it_still_starts(tmp_path, caplog):
         assert start() == (True, RESULT)
         assert str(tmp_path / "programs") in caplog.text
         assert start() == (True, RESULT)
+
+
+def test_a_disk_that_fills_up_leaves_no_part_of_a_program(tmp_path, monkeypatch, caplog):
+    def full(self, data):
+        with self.open("wb") as file:
+            file.write(data[:100])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_bytes", full)
+    with compile_cache.kept_in(tmp_path, least_seconds=0.0):
+        assert start() == (True, RESULT)
+    assert "No space left on device" in caplog.text
+    assert not list((tmp_path / "programs").iterdir())

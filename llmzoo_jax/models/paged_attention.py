@@ -251,9 +251,7 @@ def _rows(x: jax.Array, row: jax.Array) -> jax.Array:
 def _take(pages: Pages, page: jax.Array, dtype: Any, queries: int) -> jax.Array:
     """``[W,K,S,H]``. As rows of two axes, which a CPU gathers twice as fast as those of four; a TPU
     lays those out in another way, and so would copy the whole cache. For many queries a CPU copies
-    a few pages one by one: it would split a gather over threads, which are other devices', too, and
-    wait.
-    """
+    few pages one by one: a gather it splits over threads, and waits for those of other devices."""
 
     def flat(values):
         shape = (len(page), *values.shape[1:])
